@@ -1,0 +1,233 @@
+"""`MTLDataset`: the HDF5 splits as samples of image, head box, class and mask.
+
+    from dataloader_mtl import MTLDataset, training_transform
+    dataset = MTLDataset('train', transform=training_transform(256, 256))
+    image, bbox, label, mask = dataset[0]
+
+Needs `data_rechunk.py` to have been run. What is not known of a photograph is NaN in its box and
+mask and -1 as its label; every loss and metric of `utils.py` leaves it out.
+"""
+
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision import ops, tv_tensors
+from torchvision.transforms import v2
+
+from data_rechunk import OPTIONAL, SHAPES, InputError, find_dataset, open_h5, reason
+
+# Of the training images, per RGB channel, for values in [0, 1].
+MEAN = (0.4773, 0.4458, 0.3949)
+STD = (0.2280, 0.2255, 0.2280)
+
+MASK_UNKNOWN = 255  # as stored; NaN in the tensors
+SPECIES = ('cat', 'dog')
+SMALLEST_BOX = 0.02  # of the image's side; less than that left in the picture is no head any more
+
+
+def normalise(image):
+    """(..., 3, H, W) uint8 0-255 or float 0-1 -> float32 with the dataset's mean and deviation."""
+    image = v2.functional.to_dtype(image, torch.float32, scale=True)
+    return v2.functional.normalize(image, MEAN, STD)
+
+
+def training_transform(height, width):
+    """Joint augmentation of (image, boxes, mask) tv_tensors: flip, scale and crop, colour."""
+    return v2.Compose([
+        v2.RandomHorizontalFlip(),
+        v2.RandomResizedCrop((height, width), scale=(0.4, 1.0), ratio=(0.8, 1.25), antialias=True),
+        v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
+    ])
+
+
+class MTLDataset(Dataset):
+    """One split of the prepared and rechunked data.
+
+    Args:
+        type: the split, 'train', 'val' or 'test'.
+        transform: called with (Image (3,H,W) uint8, BoundingBoxes (1,4) or (0,4) in pixels, Mask
+            (1,H,W) uint8 with 255 for unknown) and returning the same; `training_transform` is one.
+            Normalisation comes after it and does not depend on it.
+        root: the folder with train/, val/ and test/.
+        label: 'breed' (breeds.h5), 'species' (binary.h5) or 'auto': the breed where it is there.
+
+    A sample is the tuple
+        image: float32 (3, H, W), normalised with MEAN and STD.
+        bbox: float32 (4,), xmin, ymin, xmax, ymax in [0, 1] of the image's width and height, or NaN.
+        label: int64 scalar in [0, n_classes), or -1.
+        mask: float32 (1, H, W), 1 pet, 0 background, NaN unknown.
+
+    Attributes:
+        class_names: list of str, the name of each label.
+        image_size: (height, width) of the stored images.
+        labelled: dict of bool arrays (N,), for 'class', 'mask' and 'box' whether the sample has it.
+
+    Files are opened once in each process that reads them, so the dataset can be pickled, forked and
+    spawned. Raises InputError for files that are missing, damaged or do not belong together.
+    """
+
+    def __init__(self, type='train', transform=None, root='datasets/data_new', label='auto'):
+        self.folder = Path(root) / type
+        self.transform = transform
+        self._files, self._pid = {}, None
+        self._check_files()
+        species = self._read_labels('binary', len(SPECIES))
+        if label not in ('auto', 'breed', 'species'):
+            raise ValueError(f"label is '{label}'; expected 'auto', 'breed' or 'species'")
+        if label == 'auto':
+            label = 'breed' if self._path('breeds').exists() else 'species'
+        if label == 'breed':
+            self.class_names = self._breed_names()
+            self.labels = self._read_labels('breeds', len(self.class_names))
+        else:
+            self.class_names, self.labels = list(SPECIES), species
+        self.bboxes = self._read_boxes()
+        self.labelled = {
+            'class': self.labels >= 0,
+            'mask': self._masks_known(),
+            'box': ~np.isnan(self.bboxes).any(axis=1),
+        }
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        image, mask = self._read('images', index), self._read('masks', index)
+        image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
+        if image.is_floating_point():
+            image = image / 255  # stored as 0-255 whatever the type; torchvision's floats are 0-1
+        mask = tv_tensors.Mask(torch.from_numpy(mask).permute(2, 0, 1))
+        bbox = torch.from_numpy(self.bboxes[index])
+        boxes = tv_tensors.BoundingBoxes(
+            bbox[None][:int(self.labelled['box'][index])], format='XYXY', canvas_size=self.image_size
+        )
+        if self.transform is not None:
+            image, boxes, mask = self.transform(image, boxes, mask)
+        return (
+            normalise(image).as_subclass(torch.Tensor).contiguous(),
+            self._relative_box(boxes, *image.shape[-2:]),
+            torch.tensor(int(self.labels[index])),
+            self._float_mask(mask.as_subclass(torch.Tensor), index),
+        )
+
+    def with_labels(self, tasks):
+        """Indices (list of int) of the samples that have a label for at least one of `tasks`."""
+        return np.flatnonzero(np.any([self.labelled[task] for task in tasks], axis=0)).tolist()
+
+    def __getstate__(self):
+        return {**self.__dict__, '_files': {}, '_pid': None}
+
+    # ---- reading
+
+    def _path(self, stem):
+        return self.folder / f'{stem}.h5'
+
+    def _read(self, stem, index):
+        if self._pid != os.getpid():  # first use, or a forked worker, which must not share handles
+            self._files, self._pid = {}, os.getpid()
+        if stem not in self._files:
+            self._files[stem] = open_h5(self._path(stem))[f'chunked_{stem}']
+        try:
+            return self._files[stem][index]
+        except OSError as error:
+            raise InputError(f'{self._path(stem)}: sample {index} is damaged ({reason(error)}); '
+                             'make the file again') from None
+
+    @staticmethod
+    def _relative_box(boxes, height, width):
+        boxes = boxes.as_subclass(torch.Tensor).float() / torch.tensor([width, height, width, height])
+        boxes = boxes.clamp(0, 1)[ops.remove_small_boxes(boxes.clamp(0, 1), SMALLEST_BOX)]
+        return boxes[0] if len(boxes) else torch.full((4,), torch.nan)
+
+    def _float_mask(self, mask, index):
+        unknown = mask == MASK_UNKNOWN
+        if (mask[~unknown] > 1).any():
+            raise InputError(f'{self._path("masks")}: sample {index} holds {mask[~unknown].max()}; '
+                             'a mask holds 0, 1 and 255 for unknown')
+        return mask.float().masked_fill_(unknown, torch.nan)
+
+    # ---- the check at the door
+
+    def _check_files(self):
+        """All files open, of the right shapes and lengths, and made by one preparation."""
+        lengths, sizes, preparations = {}, {}, {}
+        for stem in SHAPES:
+            path = self._path(stem)
+            if stem in OPTIONAL and not path.exists():
+                continue
+            with open_h5(path) as file:
+                if f'chunked_{stem}' not in file:
+                    raise InputError(f"{path}: no 'chunked_{stem}'; run python data_rechunk.py "
+                                     f'--data {self.folder.parent}')
+                dataset = find_dataset(file, f'chunked_{stem}')
+                lengths[stem] = len(dataset)
+                preparations[stem] = dataset.attrs.get('preparation')
+                if dataset.ndim == 4:
+                    sizes[stem] = dataset.shape[1:3]
+                if stem == 'images' and dataset.dtype.kind == 'f' and dataset[0].max() <= 1:
+                    raise InputError(f'{path}: the first image has no value above 1; '
+                                     'images are expected as 0 to 255')
+                if stem == 'masks' and dataset.dtype != np.uint8:
+                    raise InputError(f"{path}: 'chunked_masks' is {dataset.dtype}, so some value is "
+                                     'not 0, 1 or 255; write whole numbers and rechunk again')
+        for what, found in ('lengths', lengths), ('sizes', sizes), ('preparations', preparations):
+            if len(set(found.values())) > 1:
+                listed = ', '.join(f'{stem} {value}' for stem, value in found.items())
+                raise InputError(f'{self.folder}: the files do not belong together, their {what} '
+                                 f'differ: {listed}; prepare them again')
+        self.image_size = tuple(int(side) for side in sizes['images'])
+
+    def _read_table(self, stem):
+        with open_h5(self._path(stem)) as file:
+            return file[f'chunked_{stem}'][()]
+
+    def _read_labels(self, stem, n_classes):
+        """(N,) int64 labels, -1 where unknown."""
+        values = self._read_table(stem)[:, 0]
+        wrong = np.flatnonzero(~((values >= -1) & (values < n_classes) & (values == np.rint(values))))
+        if len(wrong):
+            raise InputError(f'{self._path(stem)}: sample {wrong[0]} has label {values[wrong[0]]:g}; '
+                             f'expected a whole number from 0 to {n_classes - 1}, or -1 for unknown')
+        return values.astype(np.int64)
+
+    def _breed_names(self):
+        path = self._path('breeds')
+        with open_h5(path) as file:
+            names = file['chunked_breeds'].attrs.get('class_names')
+        if not isinstance(names, np.ndarray) or names.ndim != 1 or not len(names):
+            raise InputError(f"{path}: no attribute 'class_names' with the breeds' names; prepare the "
+                             'data again, or train with the species by removing the file')
+        return [str(name) for name in names]
+
+    def _read_boxes(self):
+        """(N, 4) float32 in pixels, NaN where unknown."""
+        boxes = self._read_table('bboxes').astype(np.float32)
+        height, width = self.image_size
+        known = ~np.isnan(boxes).any(axis=1)
+        # A pixel of slack: a box may be given by its first and last pixel, or rounded.
+        low, high = (boxes >= -1).all(axis=1), (boxes <= (width + 1, height + 1) * 2).all(axis=1)
+        wrong = np.flatnonzero(known & ~(low & high & (boxes[:, :2] < boxes[:, 2:]).all(axis=1)))
+        if len(wrong):
+            raise InputError(f'{self._path("bboxes")}: sample {wrong[0]} has the box '
+                             f'{boxes[wrong[0]].tolist()}; expected xmin < xmax and ymin < ymax within '
+                             f'an image of {width} x {height} pixels')
+        boxes[~known] = np.nan
+        return boxes
+
+    def _masks_known(self):
+        """(N,) bool: whether any pixel of the mask is known."""
+        path = self._path('masks')
+        known = np.empty(len(self), bool)
+        with open_h5(path) as file:
+            masks = file['chunked_masks']
+            try:
+                for index in range(len(masks)):
+                    known[index] = (masks[index] != MASK_UNKNOWN).any()
+            except OSError as error:
+                raise InputError(f'{path}: sample {index} is damaged ({reason(error)}); '
+                                 'make the file again') from None
+        return known

@@ -1,0 +1,505 @@
+"""The one way to train and evaluate: data, loop, metrics, checkpoints and the files of a run.
+
+The training scripts say which network and which weighting of the tasks' losses; the rest is here:
+
+    args = engine.training_parser(__doc__, out='runs/mtl').parse_args()
+    engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
+
+A run writes to its folder log.csv, curves.png, last.pt (to go on from), best.pt (the weights with the
+best validation Dice) and, at the end, metrics.json with the test figures of best.pt.
+"""
+
+import argparse
+import csv
+import ctypes
+import json
+import math
+import pickle
+import platform
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import torch
+import torchvision
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+import models
+import utils
+from data_rechunk import InputError, reason, replacing
+from dataloader_mtl import MTLDataset, training_transform
+
+MODEL_FORMAT = 'segmentation-mtl model 1'
+TRAINING_FORMAT = 'segmentation-mtl training 1'
+
+class Task(NamedTuple):
+    field: str  # of models.Outputs: the prediction
+    position: int  # of the target in a sample of MTLDataset
+    loss: Callable  # (prediction, target) -> scalar
+    known: Callable  # target -> bool (N,), which samples have the label
+
+
+class Metric(NamedTuple):
+    printed: str  # the original's name where it has one
+    task: str
+    values: Callable  # (prediction, target, reduction) -> the value of each sample with the label
+
+
+TASKS = {
+    'mask': Task('mask', 3, utils.MaskLoss(), utils.mask_known),
+    'class': Task('label', 2, utils.ClassLoss(), utils.label_known),
+    'box': Task('bbox', 1, utils.BoxLoss(), utils.box_known),
+}
+
+METRICS = {
+    'dice': Metric('Dice Score - Segmentation', 'mask', utils.dice_score),
+    'mask_iou': Metric('IoU - Segmentation', 'mask', utils.mask_iou),
+    'accuracy': Metric('Accuracy - Classification', 'class', utils.accuracy),
+    'box_iou': Metric('IoU - Bounding Box Regression', 'box', utils.iou_metric),
+}
+
+
+# ---- options
+
+
+def training_parser(description, out):
+    """The options that all training scripts share; the defaults are the recipe of the README."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('--data', default='datasets/data_new', metavar='DIR',
+        help='prepared and rechunked splits (default: %(default)s)')
+    add('--epochs', type=positive_int, default=24, help='passes over the data (default: %(default)s)')
+    add('--batch-size', type=positive_int, default=16, help='default: %(default)s')
+    add('--lr', type=float, default=3e-3, help='highest learning rate (default: %(default)s)')
+    add('--seed', type=int, default=0, help='of weights, order and augmentation (default: %(default)s)')
+    add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='default: %(default)s')
+    add('--workers', type=int, default=1, help='loading processes (default: %(default)s)')
+    add('--out', default=out, metavar='DIR', help="the run's folder (default: %(default)s)")
+    add('--resume', action='store_true', help='go on from last.pt in --out')
+    add('--limit-batches', type=positive_int, metavar='N',
+        help='take N batches of each split only, for a quick trial')
+    return parser
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not at least 1')
+    return value
+
+
+def choose_device(name):
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    elif name == 'cuda' and not torch.cuda.is_available():
+        raise InputError('--device cuda: torch finds no CUDA device here; use --device cpu')
+    return torch.device(name)
+
+
+def has_fast_bfloat16(device):
+    """Whether the processor computes in bfloat16; one that only emulates it is slower than float32."""
+    if device.type == 'cpu':
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def keep_freed_memory():
+    """Let the C library keep the memory of freed tensors instead of returning it to the system.
+
+    glibc maps every large tensor anew, and its pages are zeroed at the first touch, in each step. Kept,
+    training is about 10 % faster on a CPU. Other C libraries have no such setting.
+    """
+    try:
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no mapping for a single allocation
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
+
+
+# ---- data
+
+
+def load_split(args, split, tasks=None):
+    """The dataset of a split and the Subset of it that has a label for at least one of `tasks`."""
+    dataset = MTLDataset(split, root=args.data)
+    height, width = dataset.image_size
+    if min(height, width) < 64 or height % 16 or width % 16:
+        raise InputError(f'{dataset.folder}: images of {width} x {height} pixels; the networks take '
+                         'multiples of 16 from 64 up')
+    indices = dataset.with_labels(tasks) if tasks else list(range(len(dataset)))
+    if not indices:
+        raise InputError(f'{dataset.folder}: no sample has a label for {" or ".join(tasks)}')
+    if args.limit_batches:
+        wanted = min(len(indices), args.limit_batches * args.batch_size)
+        indices = [indices[i * len(indices) // wanted] for i in range(wanted)]
+    return dataset, Subset(dataset, indices)
+
+
+def to_device(batch, device):
+    image, *targets = (tensor.to(device, non_blocking=True) for tensor in batch)
+    return image.contiguous(memory_format=torch.channels_last), *targets
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# ---- one epoch
+
+
+def forward(model, batch):
+    """The Outputs for a batch, and the batch, both with the masks of those that have one alone."""
+    image, bbox, label, mask = batch
+    has_mask = utils.mask_known(mask)
+    return model(image, decode=has_mask), (image, bbox, label, mask[has_mask])
+
+
+def task_losses(outputs, batch):
+    """{task: (loss, number of labelled samples)} for the network's tasks that this batch has."""
+    losses = {}
+    for name, task in TASKS.items():
+        prediction, target = getattr(outputs, task.field), batch[task.position]
+        count = int(task.known(target).sum())
+        if prediction is not None and count:
+            losses[name] = task.loss(prediction, target), count
+    return losses
+
+
+class Means:
+    """The mean of each task's loss over the samples that have its label, however they are batched."""
+
+    def __init__(self):
+        self.sums, self.counts = Counter(), Counter()
+
+    def add(self, losses):
+        for task, (loss, count) in losses.items():
+            self.sums[task] += loss.item() * count
+            self.counts[task] += count
+
+    def result(self):
+        return {f'loss_{task}': self.sums[task] / self.counts[task] for task in self.sums}
+
+
+def train_one_epoch(run, loader, description):
+    """One pass over `loader`; returns {'loss_<task>': mean over the samples that have the label}."""
+    run.model.train()
+    means, seen = Means(), 0
+    bar = tqdm(total=len(loader.dataset), desc=description, unit='img', leave=False, disable=None)
+    with bar:
+        for batch in loader:
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
+                outputs, batch = forward(run.model, to_device(batch, run.device))
+            losses = task_losses(outputs, batch)
+            total = run.weighting({task: loss for task, (loss, _) in losses.items()})
+            run.optimizer.zero_grad()
+            total.backward()
+            run.optimizer.step()
+            run.schedule.step()
+            run.average.update_parameters(run.model)
+            means.add(losses)
+            seen += len(batch[0])
+            bar.set_postfix(loss=f'{total.item():.3f}', refresh=False)
+            bar.update(len(batch[0]))
+    assert seen == len(loader.dataset), 'the loader must give each sample once'
+    return means.result()
+
+
+@torch.inference_mode()
+def evaluate(model, dataset, device, batch_size=32, workers=0):
+    """The figures of `model` on `dataset`, each a mean over the samples that have the label.
+
+    Computed in float32 and evaluation mode; the model's mode is restored. Returns a dict of float
+    with the keys of METRICS and 'loss_<task>', without those of tasks that the network does not have
+    or for which no sample has a label.
+    """
+    was_training = model.training
+    model.eval()
+    values, means, seen = defaultdict(list), Means(), 0
+    for batch in DataLoader(dataset, batch_size, num_workers=workers):
+        outputs, batch = forward(model, to_device(batch, device))
+        for name, metric in METRICS.items():
+            task = TASKS[metric.task]
+            prediction = getattr(outputs, task.field)
+            if prediction is not None:
+                values[name].append(metric.values(prediction, batch[task.position], reduction='none'))
+        means.add(task_losses(outputs, batch))
+        seen += len(batch[0])
+    model.train(was_training)
+    assert seen == len(dataset), 'the loader must give each sample once'
+    figures = {name: torch.cat(parts) for name, parts in values.items()}
+    return {name: each.mean().item() for name, each in figures.items() if len(each)} | means.result()
+
+
+def report(title, figures):
+    print(title)
+    for name, metric in METRICS.items():
+        if name in figures:
+            print(f'  {metric.printed}: {figures[name]:.4f}')
+
+
+# ---- checkpoints
+
+
+def save(content, path):
+    with replacing(path) as part:
+        torch.save(content, part)
+
+
+def load_checkpoint(path, expected, device='cpu'):
+    """Read a checkpoint of the `expected` format; raises InputError for any other file."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f'{path}: no such file; the training scripts make it') from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f'{path}: not a sound checkpoint ({reason(error)[:100]})') from None
+    found = content.get('format') if isinstance(content, dict) else None
+    if found != expected:
+        what = f"a '{found}' file" if found else 'another kind of PyTorch file'
+        raise InputError(f"{path}: {what}; expected '{expected}', which the training scripts write")
+    return content
+
+
+def network_arguments(network, dataset):
+    classes = {'n_classes': len(dataset.class_names)} if 'class' in network.tasks else {}
+    return {'c_in': 3, 'c_out_seg': 1, **classes}
+
+
+def model_content(network, model, dataset):
+    """What best.pt and mtl_model.pt hold: all that rebuilds the model for prediction."""
+    return {
+        'format': MODEL_FORMAT,
+        'network': network.__name__,
+        'arguments': network_arguments(network, dataset),
+        'class_names': dataset.class_names,
+        'image_size': list(dataset.image_size),
+        'weights': model.state_dict(),
+    }
+
+
+def load_model(path='mtl_model.pt', device='cpu'):
+    """The trained network of a model file (best.pt, mtl_model.pt), in evaluation mode.
+
+    It carries `class_names` (list of str) and `image_size` (height, width) as attributes. Raises
+    InputError for a file that is missing, damaged or of another kind.
+    """
+    content = load_checkpoint(path, MODEL_FORMAT)
+    try:
+        model = getattr(models, content['network'])(**content['arguments'])
+        model.load_state_dict(content['weights'])
+        model.class_names = content['class_names']
+        model.image_size = tuple(content['image_size'])
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f'{path}: does not fit the networks of models.py '
+                         f'({reason(error)[:100]}); train it again') from None
+    return model.to(device).eval()
+
+
+# ---- a run
+
+
+class Run:
+    """Everything that training changes; `state` and `restore` are what last.pt holds."""
+
+    PARTS = ('model', 'weighting', 'optimizer', 'schedule', 'average')
+
+    def __init__(self, network, weighting, dataset, total_steps, args):
+        self.device = choose_device(args.device)
+        self.bfloat16 = has_fast_bfloat16(self.device)
+        model = network(**network_arguments(network, dataset))
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.weighting = weighting.to(self.device)
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1] + list(weighting.parameters())
+        self.optimizer = torch.optim.AdamW(
+            [{'params': matrices, 'weight_decay': 0.05}, {'params': others, 'weight_decay': 0}], args.lr
+        )
+        # Warm-up and annealing in one cycle (Smith and Topin 2018).
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, args.lr, total_steps=total_steps, pct_start=0.2
+        )
+        # The moving average of the weights over about a twentieth of the run is what is evaluated.
+        decay = max(0, min(0.999, 1 - 20 / total_steps))
+        self.average = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+        )
+        self.history, self.best = [], None  # a dict for each epoch; the best of them
+
+    def state(self, config):
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return {'format': TRAINING_FORMAT, 'config': config, 'history': self.history,
+                'best': self.best, **parts}
+
+    def restore(self, path, config):
+        content = load_checkpoint(path, TRAINING_FORMAT, self.device)
+        old = content['config']
+        changed = [f'{key} was {old.get(key)} and is {value}' for key, value in config.items()
+                   if old.get(key) != value]
+        if changed:
+            raise InputError(f'{path}: another configuration, {", ".join(changed)}; use the same '
+                             'options, or another --out')
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(content[name])
+        self.history, self.best = content['history'], content['best']
+
+
+def train(network, weighting, args):
+    """Train `network` with `weighting`, test its best epoch once; returns metrics.json's content."""
+    out = Path(args.out)
+    keep_freed_memory()
+    seed_everything(args.seed)
+    train_set, train_part = load_split(args, 'train', network.tasks)
+    (val_set, val_part), (test_set, test_part) = (
+        load_split(args, split, network.tasks) for split in ('val', 'test')
+    )
+    same_classes(train_set, val_set, test_set)
+    steps = -(-len(train_part) // args.batch_size)
+    run = Run(network, weighting, train_set, steps * args.epochs, args)
+    config = {
+        'network': network.__name__,
+        'weighting': type(weighting).__name__,
+        'weights': getattr(weighting, 'weights', None),
+        'precision': 'bfloat16' if run.bfloat16 else 'float32',
+        'device': run.device.type,
+        'train_samples': len(train_part),
+        **{name: getattr(args, name)
+           for name in ('data', 'epochs', 'batch_size', 'lr', 'seed', 'workers', 'limit_batches')},
+    }
+    if args.resume:
+        run.restore(out / 'last.pt', config)
+    print(', '.join(f'{name} {value}' for name, value in config.items()))
+
+    for epoch in range(len(run.history) + 1, args.epochs + 1):
+        # Seeded anew for each epoch, so that a resumed run draws what the uninterrupted one drew.
+        seed_everything(args.seed * 100_003 + epoch)
+        train_set.transform = training_transform(*training_size(epoch, args.epochs, train_set.image_size))
+        order = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
+        loader = DataLoader(train_part, args.batch_size, shuffle=True, generator=order,
+                            num_workers=args.workers, pin_memory=run.device.type == 'cuda')
+        start = time.perf_counter()
+        losses = train_one_epoch(run, loader, f'epoch {epoch}/{args.epochs}')
+        seconds = time.perf_counter() - start
+        figures = evaluate(run.average.module, val_part, run.device, workers=args.workers)
+        row = {
+            'epoch': epoch,
+            'lr': run.schedule.get_last_lr()[0],
+            **{f'train_{name}': value for name, value in losses.items()},
+            **{f'val_{name}': value for name, value in figures.items()},
+            'train_seconds': seconds,
+            'images_per_second': len(train_part) / seconds,
+            'total_seconds': time.perf_counter() - start,
+        }
+        run.history.append(row)
+        # Where no validation photograph has a mask, the last epoch is the best.
+        if run.best is None or not row.get('val_dice', math.nan) <= run.best.get('val_dice', math.nan):
+            run.best = row
+            save(model_content(network, run.average.module, train_set), out / 'best.pt')
+        save(run.state(config), out / 'last.pt')
+        write_log(run.history, out / 'log.csv')
+        draw_curves(run.history, out / 'curves.png')
+        print(epoch_line(row, args.epochs), flush=True)
+
+    model = load_model(out / 'best.pt', run.device)
+    test = evaluate(model, test_part, run.device, workers=args.workers)
+    report(f'Test, epoch {run.best["epoch"]} of {args.epochs} (best validation Dice)', test)
+    metrics = {
+        'test': test,
+        'validation': {name.removeprefix('val_'): value for name, value in run.best.items()
+                       if name.startswith('val_')},
+        'best_epoch': run.best['epoch'],
+        'training_seconds': sum(row['total_seconds'] for row in run.history),
+        'config': config,
+        'data': {split: count_labels(part) for split, part in
+                 (('train', train_part), ('val', val_part), ('test', test_part))},
+        'parameters': sum(p.numel() for p in model.parameters()),
+        'task_weights': {name: p.item() for name, p in run.weighting.named_parameters()},
+        'versions': {'python': platform.python_version(), 'torch': torch.__version__,
+                     'torchvision': torchvision.__version__, 'h5py': h5py.__version__,
+                     'numpy': np.__version__},
+        'machine': {'processor': platform.machine(), 'threads': torch.get_num_threads()},
+    }
+    with replacing(out / 'metrics.json') as part:
+        part.write_text(json.dumps(metrics, indent=2) + '\n')
+    print(f'written to {out}')
+    return metrics
+
+
+def training_size(epoch, epochs, image_size):
+    """(height, width) to train at: half of the image's for 60 % of the epochs, then the image's.
+
+    A small picture shows the pet well enough to learn most of what there is, at a quarter of the cost;
+    evaluation is at the image's own size throughout.
+    """
+    if epoch > 0.6 * epochs:
+        return image_size
+    return tuple(max(64, side // 32 * 16) for side in image_size)
+
+
+def same_classes(*datasets):
+    names = [dataset.class_names for dataset in datasets]
+    if any(other != names[0] for other in names):
+        raise InputError(f'{datasets[0].folder.parent}: the splits have different classes '
+                         f'({", ".join(str(len(each)) for each in names)}); prepare them again')
+
+
+def count_labels(part):
+    """{'photographs', 'mask', 'class', 'box': number of samples of the Subset that have it}."""
+    labelled = part.dataset.labelled
+    return {'photographs': len(part),
+            **{task: int(known[part.indices].sum()) for task, known in labelled.items()}}
+
+
+def epoch_line(row, epochs):
+    shown = ' '.join(f'{name.removeprefix("val_")} {row[name]:.4f}'
+                     for name in (f'val_{metric}' for metric in METRICS) if name in row)
+    losses = ' '.join(f'{name.removeprefix("train_loss_")} {value:.3f}'
+                      for name, value in row.items() if name.startswith('train_loss_'))
+    return (f'epoch {row["epoch"]}/{epochs}: training loss {losses}; validation {shown}; '
+            f'{row["images_per_second"]:.1f} images/s, {row["total_seconds"]:.0f} s')
+
+
+def write_log(history, path):
+    """A row for each epoch; a figure that an epoch does not have stays empty."""
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    with replacing(path) as part, open(part, 'w', newline='') as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def draw_curves(history, path):
+    """The losses in training and the figures in validation against the epochs."""
+    from matplotlib.figure import Figure  # a Figure of its own needs no display and no global state
+
+    epochs = [row['epoch'] for row in history]
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    for axes, title in (left, 'Loss'), (right, 'Validation'):
+        axes.set(title=title, xlabel='epoch')
+        axes.grid(alpha=0.3)
+    for number, task in enumerate(TASKS):
+        for part, style in ('train', '-'), ('val', '--'):
+            values = [row.get(f'{part}_loss_{task}', math.nan) for row in history]
+            if not all(map(math.isnan, values)):
+                left.plot(epochs, values, style, color=f'C{number}', label=f'{task}, {part}')
+    for name, metric in METRICS.items():
+        values = [row.get(f'val_{name}', math.nan) for row in history]
+        if not all(map(math.isnan, values)):
+            right.plot(epochs, values, label=metric.printed)
+    right.set_ylim(0, 1)
+    left.legend()
+    right.legend()
+    with replacing(path) as part:
+        figure.savefig(part, format='png', dpi=120)

@@ -1,0 +1,193 @@
+"""A U-Net with a shared encoder: mask decoder, class head and box head, put together in four ways.
+
+    MTLNet       mask, class and box
+    UNet         mask                    (the single-task baseline)
+    AblatedNet   mask and class
+    AblatedNet2  mask and box
+
+Every network takes float images (N, c_in, H, W) whose sides are multiples of 16 from 64 up, and
+returns `Outputs`. Shapes are written (N, C, H, W); /k stands for a side divided by k, rounded up.
+
+The finest convolutions work at half resolution: on a CPU, full resolution is where most of a U-Net's
+time goes, while a pet's outline is smooth enough for its logits to be interpolated at the last step.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CHANNELS = (32, 64, 128, 256, 256)  # at /2, /4, /8, /16 and /32
+
+
+class Outputs(NamedTuple):
+    """What a network returns; a task that it does not have is None."""
+
+    label: torch.Tensor | None  # (N, n_classes) class logits
+    mask: torch.Tensor | None  # (N, c_out_seg, H, W) mask logits
+    bbox: torch.Tensor | None  # (N, 4) xmin, ymin, xmax, ymax in [0, 1], xmin <= xmax, ymin <= ymax
+
+
+def conv_bn_relu(c_in, c_out, kernel=3, stride=1):
+    """(N, c_in, H, W) -> (N, c_out, H / stride, W / stride)."""
+    padding = (kernel - 1) // 2
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
+        nn.BatchNorm2d(c_out),
+        nn.ReLU(inplace=True),
+    )
+
+
+class Encoder(nn.Module):
+    """(N, c_in, H, W) -> features [(N, 32, /2), (N, 64, /4), (N, 128, /8), (N, 256, /16), (N, 256, /32)]."""
+
+    def __init__(self, c_in):
+        super().__init__()
+        self.stages = nn.ModuleList()
+        for level, c_out in enumerate(CHANNELS):
+            # 4x4 at stride 2 sees every pixel equally often, as 3x3 at stride 2 does not.
+            first = conv_bn_relu(c_in, c_out, kernel=4 if level == 0 else 3, stride=2)
+            self.stages.append(nn.Sequential(first, conv_bn_relu(c_out, c_out)))
+            c_in = c_out
+
+    def forward(self, x):
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+class MaskDecoder(nn.Module):
+    """Encoder features -> mask logits (N, c_out, H, W).
+
+    A level narrows what comes from below to its own channels, doubles its size, adds the encoder's
+    features and convolves once. Joining by concatenation, with two convolutions, costs four times as
+    much for each level.
+    """
+
+    def __init__(self, c_out):
+        super().__init__()
+        below = CHANNELS[-1]
+        self.narrow, self.stages = nn.ModuleList(), nn.ModuleList()
+        for skip in reversed(CHANNELS[:-1]):
+            self.narrow.append(nn.Conv2d(below, skip, 1))
+            self.stages.append(conv_bn_relu(skip, skip))
+            below = skip
+        self.logits = nn.Conv2d(below, c_out, 1)
+
+    def forward(self, features, size):
+        *skips, x = features
+        for narrow, stage, skip in zip(self.narrow, self.stages, reversed(skips)):
+            # Nearest neighbour before a convolution cannot make a checkerboard; a transposed
+            # convolution can (Odena et al., Distill 2016).
+            x = F.interpolate(narrow(x), size=skip.shape[-2:], mode='nearest')
+            x = stage(x + skip)
+        return F.interpolate(self.logits(x), size=size, mode='bilinear', align_corners=False)
+
+
+class ClassHead(nn.Module):
+    """(N, C, h, w) -> class logits (N, n_classes)."""
+
+    def __init__(self, n_classes):
+        super().__init__()
+        self.features = conv_bn_relu(CHANNELS[-1], 2 * CHANNELS[-1])
+        self.dropout = nn.Dropout(0.3)  # a module, so that eval() switches it off
+        self.logits = nn.Linear(2 * CHANNELS[-1], n_classes)
+
+    def forward(self, x):
+        return self.logits(self.dropout(self.features(x).mean(dim=(2, 3))))
+
+
+class BoxHead(nn.Module):
+    """(N, C, h, w) -> boxes (N, 4), ordered and in [0, 1] by construction.
+
+    Two maps of logits, one for each of two opposite corners; a corner is the mean position under the
+    softmax of its map (integral regression: Sun et al., ECCV 2018). The position of a cell runs from
+    0 at the first to 1 at the last, so a corner can lie on the border, and never outside.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.corners = nn.Sequential(
+            conv_bn_relu(CHANNELS[-1], CHANNELS[-1] // 2), nn.Conv2d(CHANNELS[-1] // 2, 2, 1)
+        )
+
+    def forward(self, x):
+        maps = self.corners(x).float()  # (N, 2, h, w)
+        weights = maps.flatten(2).softmax(dim=2).view_as(maps)
+        # Products and sums, not matrix products, which autocast would round to bfloat16.
+        x = (weights.sum(dim=2) * torch.linspace(0, 1, maps.shape[3], device=maps.device)).sum(dim=2)
+        y = (weights.sum(dim=3) * torch.linspace(0, 1, maps.shape[2], device=maps.device)).sum(dim=2)
+        corners = torch.stack([x, y], dim=2)  # x and y (N, 2 corners) -> (N, 2 corners, 2 coordinates)
+        # Sums of softmax weights can exceed 1 by a rounding error.
+        return torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1).clamp(0, 1)
+
+
+class SharedEncoderNet(nn.Module):
+    """One encoder and the parts for `tasks`, out of 'mask', 'class' and 'box'.
+
+    `forward(x)` returns Outputs. With `decode`, a bool tensor (N,), the mask logits are those of the
+    chosen images alone, None if there are none: in training, what has no mask needs no decoder.
+    """
+
+    tasks = ()
+
+    def __init__(self, c_in, c_out_seg, n_classes=None):
+        super().__init__()
+        self.encoder = Encoder(c_in)
+        self.decoder = MaskDecoder(c_out_seg) if 'mask' in self.tasks else None
+        self.class_head = ClassHead(n_classes) if 'class' in self.tasks else None
+        self.box_head = BoxHead() if 'box' in self.tasks else None
+
+    def forward(self, x, decode=None):
+        size = x.shape[-2:]
+        if min(size) < 64 or size[0] % 16 or size[1] % 16:
+            raise ValueError(f'images of {size[0]} x {size[1]}; sides must be multiples of 16 from 64 up')
+        features = self.encoder(x)
+        label = mask = bbox = None
+        if self.class_head is not None:
+            label = self.class_head(features[-1])
+        if self.box_head is not None:
+            bbox = self.box_head(features[-1])
+        if self.decoder is not None and (decode is None or decode.any()):
+            chosen = features if decode is None else [level[decode] for level in features]
+            mask = self.decoder(chosen, size)
+        return Outputs(label, mask, bbox)
+
+
+class MTLNet(SharedEncoderNet):
+    """Mask, class and box from one encoder."""
+
+    tasks = ('mask', 'class', 'box')
+
+    def __init__(self, c_in=3, c_out_seg=1, n_classes=37):
+        super().__init__(c_in, c_out_seg, n_classes)
+
+
+class UNet(SharedEncoderNet):
+    """The mask alone: the baseline."""
+
+    tasks = ('mask',)
+
+    def __init__(self, c_in=3, c_out_seg=1):
+        super().__init__(c_in, c_out_seg)
+
+
+class AblatedNet(SharedEncoderNet):
+    """Mask and class: MTLNet without the box."""
+
+    tasks = ('mask', 'class')
+
+    def __init__(self, c_in=3, c_out_seg=1, n_classes=37):
+        super().__init__(c_in, c_out_seg, n_classes)
+
+
+class AblatedNet2(SharedEncoderNet):
+    """Mask and box: MTLNet without the class."""
+
+    tasks = ('mask', 'box')
+
+    def __init__(self, c_in=3, c_out_seg=1):
+        super().__init__(c_in, c_out_seg)

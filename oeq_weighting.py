@@ -1,0 +1,54 @@
+"""The study's open-ended question: how should the tasks' losses be weighted?
+
+    python oeq_weighting.py                      # all seven, one after the other
+    python oeq_weighting.py --only 80-10-10      # one of them
+
+Trains the full network once for each weighting, segmentation-class-box in per cent, equal or learned
+(uncertainty), into runs/weighting/NAME/, and prints the table sorted by test Dice. With --resume,
+finished weightings are only tested again and an unfinished one goes on.
+"""
+
+from pathlib import Path
+
+import engine
+from data_rechunk import run_script
+from models import MTLNet
+from utils import UncertaintyLoss, WeightedLoss
+
+FIXED = ('80-10-10', '70-15-15', '50-25-25', '25-50-25', '25-25-50')
+NAMES = ('equal', *FIXED, 'uncertainty')
+
+
+def weighting(name):
+    """The weighting of a name; its tasks are in the order of MTLNet.tasks."""
+    if name == 'equal':
+        return WeightedLoss.equal(MTLNet.tasks)
+    if name == 'uncertainty':
+        return UncertaintyLoss(MTLNet.tasks)
+    return WeightedLoss({task: int(share) / 100 for task, share in zip(MTLNet.tasks, name.split('-'))})
+
+
+def print_table(rows):
+    """`rows`: {name: metrics}."""
+    names = list(engine.METRICS)
+    print(f'{"weighting":14}{"val dice":>10}' + ''.join(f'{"test " + name:>15}' for name in names))
+    for name, metrics in sorted(rows.items(), key=lambda row: -row[1]['test'].get('dice', 0)):
+        test = ''.join(f'{metrics["test"].get(key, float("nan")):15.4f}' for key in names)
+        print(f'{name:14}{metrics["validation"].get("dice", float("nan")):10.4f}{test}')
+
+
+def main(argv=None):
+    parser = engine.training_parser(__doc__, out='runs/weighting')
+    parser.add_argument('--only', choices=NAMES, metavar='NAME', help=f'one of {", ".join(NAMES)}')
+    args = parser.parse_args(argv)
+    root, resume, rows = Path(args.out), args.resume, {}
+    for name in (args.only,) if args.only else NAMES:
+        print(f'---- {name}')
+        args.out = root / name
+        args.resume = resume and (args.out / 'last.pt').exists()
+        rows[name] = engine.train(MTLNet, weighting(name), args)
+    print_table(rows)
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,205 @@
+"""Photographs to HDF5 splits."""
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+from conftest import write_xml
+
+from data_prepare import Record, in_strata_order, limited, main, split_records, to_rgb
+
+SPLITS = ('train', 'val', 'test')
+
+
+def read(root, split, stem):
+    with h5py.File(root / split / f'{stem}.h5') as file:
+        return file[stem][()]
+
+
+def names(root, split):
+    return [name.decode() for name in read(root, split, 'names')]
+
+
+def records(count):
+    return [Record(f'pet_{i}', i % 2, i % 5, has_mask=i % 6 == 0, has_box=i % 2 == 0)
+            for i in range(count)]
+
+
+def test_each_split_has_its_share_of_every_label_and_breed():
+    splits = split_records(in_strata_order(records(600), seed=1), (80, 10, 10))
+    for split, count in zip(SPLITS, (480, 60, 60)):
+        found = splits[split]
+        assert len(found) == count
+        assert sum(r.has_mask for r in found) == pytest.approx(count / 6, abs=2)
+        assert sum(r.has_box for r in found) == pytest.approx(count / 2, abs=2)
+        for breed in range(5):
+            assert sum(r.breed == breed for r in found) == pytest.approx(count / 5, abs=3)
+
+
+def test_the_split_depends_on_the_seed_and_not_on_the_order_of_files():
+    shuffled = [records(100)[i] for i in np.random.default_rng(0).permutation(100)]
+    first, again, other = (split_records(in_strata_order(r, seed), (80, 10, 10))
+                           for r, seed in ((records(100), 0), (shuffled, 0), (shuffled, 1)))
+    assert first == again
+    assert first != other
+
+
+def test_no_photograph_is_in_two_splits_or_in_none():
+    splits = split_records(in_strata_order(records(101), seed=0), (60, 20, 20))
+    assert sorted(r for part in splits.values() for r in part) == sorted(records(101))
+
+
+def test_a_limit_takes_a_stratified_part():
+    part = limited(in_strata_order(records(600), seed=0), 60)
+    assert len(part) == 60 == len(set(part))
+    assert sum(r.has_mask for r in part) == pytest.approx(10, abs=1)
+
+
+def test_a_photograph_is_kept_with_the_labels_it_has(oxford, tmp_path, capsys):
+    root = oxford(40, masks=range(0, 40, 4), boxes=range(0, 40, 2))
+    main(['--root', str(root), '--out', str(tmp_path / 'out'), '--size', '64', '--split', '50-25-25'])
+    out = tmp_path / 'out'
+    assert [len(read(out, split, 'images')) for split in SPLITS] == [20, 10, 10]
+    for split in SPLITS:
+        for i, name in enumerate(names(out, split)):
+            number = int(name.rpartition('_')[2])
+            assert (read(out, split, 'masks')[i] == 255).all() == (number % 4 != 0)
+            assert np.isnan(read(out, split, 'bboxes')[i]).all() == (number % 2 != 0)
+            assert read(out, split, 'breeds')[i] == number % 2 == read(out, split, 'binary')[i]
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ['split', 'photographs', 'masks', 'boxes', 'cats', 'dogs', 'breeds']
+    masks = sum(int(line.split()[2]) for line in table[1:4])
+    assert masks == 10
+
+
+def test_files_have_the_documented_types_and_class_names(oxford, tmp_path):
+    root = oxford(10, masks=range(10), boxes=range(10))
+    main(['--root', str(root), '--out', str(tmp_path), '--size', '64', '--split', '60-20-20'])
+    expected = {'images': ('uint8', (6, 64, 64, 3)), 'masks': ('uint8', (6, 64, 64, 1)),
+                'bboxes': ('float32', (6, 4)), 'binary': ('uint8', (6, 1)), 'breeds': ('int16', (6, 1))}
+    for stem, (dtype, shape) in expected.items():
+        with h5py.File(tmp_path / 'train' / f'{stem}.h5') as file:
+            assert list(file) == [stem]
+            assert (file[stem].dtype, file[stem].shape) == (dtype, shape)
+    with h5py.File(tmp_path / 'train' / 'breeds.h5') as file:
+        assert list(file['breeds'].attrs['class_names']) == ['breed0', 'breed1']
+
+
+@pytest.mark.parametrize('border, value', [('pet', 1), ('background', 0), ('ignore', 255)])
+def test_the_border_counts_as_asked(oxford, tmp_path, border, value):
+    root = oxford(10, size=(64, 64), masks=range(10))
+    main(['--root', str(root), '--out', str(tmp_path), '--size', '64', '--border', border,
+          '--split', '60-20-20'])
+    row = read(tmp_path, 'train', 'masks')[0, 0, :, 0]
+    assert row.tolist() == [1] * 28 + [value] * 8 + [0] * 28
+
+
+def test_boxes_are_scaled_by_the_size_in_the_xml(oxford, tmp_path):
+    root = oxford(10, size=(80, 60), boxes=range(10))
+    for path in (root / 'oxford-iiit-pet/annotations/xmls').iterdir():
+        write_xml(path, (160, 120), (16, 12, 80, 60))  # annotated at twice the size on disk
+    main(['--root', str(root), '--out', str(tmp_path), '--size', '64', '--split', '60-20-20'])
+    np.testing.assert_allclose(read(tmp_path, 'train', 'bboxes')[0], [6.4, 6.4, 32, 32], rtol=1e-6)
+
+
+@pytest.mark.parametrize('mode, colour', [
+    ('RGB', (200, 100, 50)), ('RGBA', (200, 100, 50, 255)), ('P', None), ('L', 90), ('CMYK', (0, 90, 9, 0)),
+    ('LA', (90, 255)), ('1', 1), ('I;16', 90 * 256), ('F', 90.0),
+])
+def test_every_mode_becomes_rgb(mode, colour):
+    photograph = Image.new('RGB', (8, 6), (200, 100, 50)).convert('P', palette=Image.Palette.ADAPTIVE) \
+        if colour is None else Image.new(mode, (8, 6), colour)
+    rgb = to_rgb(photograph)
+    assert (rgb.mode, rgb.size) == ('RGB', (8, 6))
+    if mode in ('RGB', 'RGBA', 'P'):
+        assert rgb.getpixel((3, 3)) == (200, 100, 50)
+    if mode in ('L', 'LA', 'I;16', 'F'):
+        assert rgb.getpixel((3, 3)) == (90, 90, 90)
+
+
+def test_exif_rotation_is_not_applied(oxford, tmp_path):
+    root = oxford(10, size=(64, 64))
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:32] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    for path in (root / 'oxford-iiit-pet/images').iterdir():
+        Image.fromarray(pixels).save(path, exif=exif, quality=95)
+    main(['--root', str(root), '--out', str(tmp_path), '--size', '64', '--split', '60-20-20'])
+    image = read(tmp_path, 'train', 'images')[0]
+    assert image[:30].min() > 240 and image[34:].max() < 15
+
+
+def test_unreadable_files_are_named_counted_and_left_out(oxford, tmp_path, capsys):
+    root = oxford(20, masks=range(20), boxes=range(20))
+    folder = root / 'oxford-iiit-pet'
+    (folder / 'images/breed0_0.jpg').write_bytes(b'no photograph')
+    jpeg = (folder / 'images/breed1_1.jpg').read_bytes()
+    (folder / 'images/breed1_1.jpg').write_bytes(jpeg[:len(jpeg) // 2])
+    (folder / 'images/breed0_2.jpg').unlink()
+    (folder / 'annotations/xmls/breed1_3.xml').write_text('<annotation><size>')
+    write_xml(folder / 'annotations/xmls/breed0_4.xml', (80, 60), (40, 6, 8, 30))
+    (folder / 'annotations/xmls/breed1_5.xml').write_text('<annotation/>')
+    Image.new('L', (80, 60), 7).save(folder / 'annotations/trimaps/breed0_6.png')
+    out = tmp_path / 'out'
+    main(['--root', str(root), '--out', str(out), '--size', '64', '--split', '60-20-20'])
+    output = capsys.readouterr()
+    for name in ('breed0_0.jpg', 'breed1_1.jpg', 'breed0_2.jpg', 'breed1_3.xml', 'breed0_4.xml',
+                 'breed1_5.xml', 'breed0_6.png'):
+        assert sum(name in line for line in output.err.splitlines()) == 1
+    assert 'unreadable photographs left out: 3' in output.out
+    assert 'unreadable annotations left out: 4' in output.out
+    kept = [name for split in SPLITS for name in names(out, split)]
+    assert len(kept) == 17 and 'breed0_6' in kept  # without its mask
+
+
+def test_preparing_again_writes_the_same_bytes(oxford, tmp_path):
+    root = oxford(20, masks=range(5), boxes=range(9))
+    for out in ('a', 'b'):
+        main(['--root', str(root), '--out', str(tmp_path / out), '--size', '64', '--split', '60-20-20'])
+    for path in (tmp_path / 'a').rglob('*.h5'):
+        twin = tmp_path / 'b' / path.relative_to(tmp_path / 'a')
+        assert path.read_bytes() == twin.read_bytes()
+
+
+def test_download_asks_torchvision_for_the_dataset(monkeypatch, oxford, tmp_path):
+    root, asked = oxford(10), []
+    monkeypatch.setattr('torchvision.datasets.OxfordIIITPet',
+                        lambda root, download: asked.append((root, download)))
+    main(['--download', '--root', str(root), '--out', str(tmp_path), '--size', '64',
+          '--split', '60-20-20'])
+    assert asked == [(str(root), True)]
+
+
+def test_synthetic_pets_are_the_default_and_fully_labelled(shared_data):
+    for split in SPLITS:
+        assert set(np.unique(read(shared_data, split, 'masks'))) == {0, 1}
+        assert not np.isnan(read(shared_data, split, 'bboxes')).any()
+
+
+def test_nothing_is_written_when_a_split_stays_empty(oxford, tmp_path, fails):
+    root, out = oxford(2), tmp_path / 'out'
+    line = fails(main, '--root', root, '--out', out, '--size', 64)
+    assert 'split is empty' in line
+    assert not [path for path in out.rglob('*') if path.is_file()]
+
+
+@pytest.mark.parametrize('text, message', [
+    ('breed0_0 1', 'is not NAME CLASS-ID'),
+    ('breed0_0 99 1 1', 'class 99'),
+    ('breed0_0 1 3 1', 'species 3'),
+    ('../breed0_0 1 1 1', 'not a plain file name'),
+    ('breed0_0 1 1 1\nbreed0_0 1 1 1', 'listed twice'),
+    ('breed0_0 1 1 1\nbreed1_1 1 1 1', "'breed0' and 'breed1'"),
+])
+def test_a_wrong_line_in_the_list_is_named(oxford, tmp_path, fails, text, message):
+    root = oxford(2)
+    path = root / 'oxford-iiit-pet/annotations/list.txt'
+    path.write_text(text)
+    line = fails(main, '--root', root, '--out', tmp_path / 'out')
+    assert message in line and f'{path}, line ' in line
+
+
+def test_a_missing_dataset_is_named(tmp_path, fails):
+    line = fails(main, '--source', 'oxford', '--root', tmp_path)
+    assert 'list.txt' in line and '--download' in line

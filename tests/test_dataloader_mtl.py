@@ -1,0 +1,252 @@
+"""MTLDataset: what a sample is, in every process, and what is refused at the door."""
+
+import multiprocessing
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+
+import data_rechunk
+from data_rechunk import InputError
+from dataloader_mtl import MEAN, STD, MTLDataset, training_transform
+
+
+def table(root, split, stem):
+    with h5py.File(root / split / f'{stem}.h5') as file:
+        return file[stem][()]
+
+
+def change(root, stem, values, split='train', **attributes):
+    """Replace a file by one with other values, rechunked."""
+    path = root / split / f'{stem}.h5'
+    with h5py.File(path, 'w') as file:
+        file[stem] = values
+        file[stem].attrs.update(attributes)
+    data_rechunk.rechunk_file(path)
+
+
+def test_a_sample_is_image_box_label_and_mask(shared_data):
+    dataset = MTLDataset('train', root=shared_data)
+    image, bbox, label, mask = dataset[3]
+    stored = {stem: table(shared_data, 'train', stem)[3]
+              for stem in ('images', 'bboxes', 'breeds', 'masks')}
+    expected = (stored['images'] / 255 - MEAN) / STD
+    np.testing.assert_allclose(image.permute(1, 2, 0), expected, atol=1e-5)
+    np.testing.assert_allclose(bbox, stored['bboxes'] / 64, atol=1e-6)
+    assert label == stored['breeds'] and label.dtype == torch.int64 and label.ndim == 0
+    np.testing.assert_array_equal(mask[0], stored['masks'][..., 0])
+    assert [t.dtype for t in (image, bbox, mask)] == [torch.float32] * 3
+    assert [type(t) for t in (image, bbox, label, mask)] == [torch.Tensor] * 4
+    assert len(dataset) == 36 and dataset.image_size == (64, 64)
+
+
+def test_what_is_not_known_is_nan_and_minus_one(data):
+    masks, boxes, breeds = (table(data, 'train', stem) for stem in ('masks', 'bboxes', 'breeds'))
+    masks[0], boxes[0], breeds[0] = 255, np.nan, -1
+    masks[1, :5] = 255
+    names = MTLDataset('train', root=data).class_names
+    for stem, values in ('masks', masks), ('bboxes', boxes):
+        change(data, stem, values)
+    change(data, 'breeds', breeds, class_names=names)
+    for stem in 'images', 'binary':
+        change(data, stem, table(data, 'train', stem))
+    dataset = MTLDataset('train', root=data)
+    _, bbox, label, mask = dataset[0]
+    assert bbox.isnan().all() and label == -1 and mask.isnan().all()
+    partly = dataset[1][3][0]
+    assert partly[:5].isnan().all() and not partly[5:].isnan().any()
+    assert [bool(dataset.labelled[task][0]) for task in ('mask', 'class', 'box')] == [False] * 3
+    assert dataset.with_labels(['mask', 'box']) == list(range(1, 36))
+
+
+def test_the_label_is_the_breed_where_there_is_one_and_the_species_elsewhere(data, coursework):
+    assert len(MTLDataset('train', root=data).class_names) == 8
+    species = MTLDataset('train', root=data, label='species')
+    assert species.class_names == ['cat', 'dog']
+    assert [int(species[i][2]) for i in range(36)] == table(data, 'train', 'binary')[:, 0].tolist()
+    root = coursework()
+    data_rechunk.rechunk(root)
+    assert MTLDataset('train', root=root).class_names == ['cat', 'dog']
+    with pytest.raises(InputError, match='breeds.h5: no such file'):
+        MTLDataset('train', root=root, label='breed')
+
+
+@pytest.mark.parametrize('layout', [{}, {'chunks': True, 'compression': 'gzip'}])
+def test_the_stored_type_changes_no_sample(coursework, tmp_path, layout):
+    samples = []
+    for dtype in 'uint8', 'float32', 'float64':
+        root = coursework(tmp_path / dtype, dtype=dtype, **layout)
+        if dtype == 'uint8':  # whole pixels, as a uint8 file holds them
+            whole = {split: table(root, split, 'bboxes') for split in data_rechunk.SPLITS}
+        for split in data_rechunk.SPLITS:
+            with h5py.File(root / split / 'bboxes.h5', 'a') as file:
+                file['bboxes'][...] = whole[split]
+        data_rechunk.rechunk(root)
+        samples.append(MTLDataset('train', root=root)[5])
+    for other in samples[1:]:
+        for one, two in zip(samples[0], other):
+            assert torch.equal(one, two)
+    assert set(samples[0][3].unique().tolist()) == {0, 1}
+
+
+def test_images_that_stay_float_are_scaled_as_0_to_255(coursework):
+    root = coursework(dtype='float32')
+    images = table(root, 'train', 'images')
+    images[0, 0, 0, 0] = 99.5
+    change(root, 'images', images)
+    data_rechunk.rechunk(root)
+    image = MTLDataset('train', root=root)[0][0]
+    assert image[0, 0, 0] == pytest.approx((99.5 / 255 - MEAN[0]) / STD[0])
+    transformed = MTLDataset('train', training_transform(64, 64), root=root)[0][0]
+    assert transformed.std() > 0.5  # not cut off at 1
+
+
+def test_oblong_boxes_are_relative_to_their_own_side(coursework):
+    root = coursework(size=(64, 96))
+    data_rechunk.rechunk(root)
+    bbox = MTLDataset('train', root=root)[2][1]
+    np.testing.assert_allclose(bbox, table(root, 'train', 'bboxes')[2] / (96, 64, 96, 64), rtol=1e-6)
+
+
+def test_files_are_opened_once_in_a_process(shared_data, monkeypatch):
+    dataset, opened, original = MTLDataset('train', root=shared_data), [], h5py.File
+    monkeypatch.setattr(h5py, 'File', lambda *args, **kw: opened.append(args) or original(*args, **kw))
+    for index in range(20):
+        dataset[index]
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize('method', ['fork', 'spawn'])
+def test_workers_give_the_samples_of_a_single_process(shared_data, method):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f'no {method} on this system')
+    dataset = MTLDataset('train', root=shared_data)
+    alone = [dataset[i] for i in range(len(dataset))]  # opens the files before the fork
+    loader = DataLoader(dataset, 5, num_workers=2, multiprocessing_context=method)
+    together = [sample for batch in loader for sample in zip(*batch)]
+    assert len(together) == len(alone)
+    for one, two in zip(alone, together):
+        assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_a_dataset_in_use_can_be_pickled(shared_data):
+    dataset = MTLDataset('test', root=shared_data)
+    first = dataset[0]
+    again = pickle.loads(pickle.dumps(dataset))[0]
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def test_mask_and_box_move_with_the_image(shared_data):
+    def joint(image, boxes, mask):
+        # A picture of a rectangle that is its own mask and box: they must agree afterwards.
+        image[:], mask[:] = 20, 0
+        image[:, 12:40, 20:50], mask[:, 12:40, 20:50] = 220, 1
+        boxes = tv_tensors.wrap(torch.tensor([[20., 12., 50., 40.]]), like=boxes)
+        return training_transform(64, 64)(image, boxes, mask)
+
+    dataset = MTLDataset('train', joint, root=shared_data)
+    torch.manual_seed(0)
+    boxes = []
+    for index in range(30):
+        image, bbox, _, mask = dataset[index]
+        assert mask.shape == (1, 64, 64) and image.shape == (3, 64, 64)
+        bright = image[0] > (image[0].min() + image[0].max()) / 2
+        assert (bright == (mask[0] == 1)).float().mean() > 0.95
+        ys, xs = np.nonzero(mask[0].numpy())
+        found = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / 64
+        np.testing.assert_allclose(bbox, found, atol=0.03)
+        boxes.append(bbox)
+    assert torch.stack(boxes).std(dim=0).min() > 0.03  # and they do move
+
+
+def test_a_box_that_leaves_the_picture_becomes_unknown(shared_data):
+    def shift(image, boxes, mask):
+        return image, tv_tensors.wrap(boxes + 64, like=boxes), mask
+
+    bbox = MTLDataset('train', shift, root=shared_data)[0][1]
+    assert bbox.shape == (4,) and bbox.isnan().all()
+
+
+def test_augmentation_is_seeded(shared_data):
+    dataset = MTLDataset('train', training_transform(64, 64), root=shared_data)
+    samples = []
+    for seed in 1, 1, 2:
+        torch.manual_seed(seed)
+        samples.append(dataset[0][0])
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+
+
+def test_missing_chunks_say_to_rechunk(coursework):
+    root = coursework()
+    with pytest.raises(InputError, match="no 'chunked_images'; run python data_rechunk.py --data"):
+        MTLDataset('train', root=root)
+
+
+def test_a_missing_split_is_named(shared_data):
+    with pytest.raises(InputError, match='validation/images.h5: no such file'):
+        MTLDataset('validation', root=shared_data)
+
+
+def test_files_of_different_lengths_are_refused(data):
+    change(data, 'bboxes', table(data, 'train', 'bboxes')[:-1])
+    with pytest.raises(InputError, match='lengths differ: images 36, masks 36, bboxes 35'):
+        MTLDataset('train', root=data)
+
+
+def test_masks_of_another_size_are_refused(data):
+    change(data, 'masks', table(data, 'train', 'masks')[:, :32])
+    with pytest.raises(InputError, match=r'sizes differ: images \(64, 64\), masks \(32, 64\)'):
+        MTLDataset('train', root=data)
+
+
+def test_files_of_two_preparations_are_refused(data):
+    change(data, 'bboxes', table(data, 'train', 'bboxes'), preparation='another')
+    with pytest.raises(InputError, match='preparations differ'):
+        MTLDataset('train', root=data)
+
+
+@pytest.mark.parametrize('stem, row, message', [
+    ('binary', [2], 'binary.h5: sample 4 has label 2; expected a whole number from 0 to 1'),
+    ('bboxes', [40, 5, 30, 60], 'bboxes.h5: sample 4 has the box'),
+    ('bboxes', [0, 0, np.inf, 60], 'bboxes.h5: sample 4 has the box'),
+    ('bboxes', [0, 0, 70, 60], 'expected xmin < xmax and ymin < ymax within an image of 64 x 64'),
+])
+def test_values_out_of_range_are_refused(coursework, stem, row, message):
+    root = coursework(dtype='float32')
+    values = table(root, 'train', stem)
+    values[4] = row
+    change(root, stem, values)
+    data_rechunk.rechunk(root)
+    with pytest.raises(InputError) as error:
+        MTLDataset('train', root=root)
+    assert message in str(error.value)
+
+
+def test_a_breed_out_of_range_is_refused(data):
+    breeds = table(data, 'train', 'breeds')
+    breeds[7] = 8
+    with h5py.File(data / 'train' / 'breeds.h5', 'a') as file:
+        file['breeds'][...] = breeds
+    with pytest.raises(InputError, match='sample 7 has label 8; expected a whole number from 0 to 7'):
+        MTLDataset('train', root=data)
+
+
+def test_a_mask_with_other_values_is_refused(data):
+    with h5py.File(data / 'train' / 'masks.h5', 'a') as file:
+        file['masks'][2, 5, 5] = 7
+    dataset = MTLDataset('train', root=data)
+    dataset[1]
+    with pytest.raises(InputError, match='masks.h5: sample 2 holds 7'):
+        dataset[2]
+
+
+def test_images_scaled_to_one_are_refused(coursework):
+    root = coursework(dtype='float32')
+    change(root, 'images', table(root, 'train', 'images') / 255)
+    data_rechunk.rechunk(root)
+    with pytest.raises(InputError, match='expected as 0 to 255'):
+        MTLDataset('train', root=root)

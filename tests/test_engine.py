@@ -1,0 +1,262 @@
+"""Training, evaluation and checkpoints."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Subset
+
+import engine
+import train_mtl
+from data_rechunk import InputError
+from dataloader_mtl import MTLDataset
+from models import MTLNet, Outputs, UNet
+from utils import UncertaintyLoss, WeightedLoss
+
+
+def arguments(data, out, *more):
+    options = ('--data', str(data), '--out', str(out), '--epochs', '2', '--workers', '0', *more)
+    return engine.training_parser('', out='').parse_args(options)
+
+
+def train(data, out, *more, network=MTLNet, weighting=None):
+    weighting = weighting or WeightedLoss.equal(network.tasks)
+    return engine.train(network, weighting, arguments(data, out, *more))
+
+
+class Oracle(torch.nn.Module):
+    """Predicts what it is told for each image, whichever batch the image comes in."""
+
+    def __init__(self, dataset, predict):
+        super().__init__()
+        self.samples = [dataset[i] for i in range(len(dataset))]
+        self.predict = predict
+
+    def forward(self, images, decode=None):
+        found = [next(s for s in self.samples if torch.equal(s[0], image)) for image in images]
+        rows = [self.predict(index, *sample) for index, sample in enumerate(found)]
+        label, mask, bbox = (torch.stack(parts) for parts in zip(*rows))
+        return Outputs(label, mask[decode] if decode.any() else None, bbox)
+
+
+def perfect(index, image, bbox, label, mask):
+    return torch.eye(8)[label], (mask - 0.5) * 20, bbox
+
+
+def imperfect(index, image, bbox, label, mask):
+    """A guess from the image alone."""
+    box = torch.tensor([.2, .1, .7, .6]) + image.mean() / 20
+    return torch.eye(8)[int(image.std() * 100) % 8], image.mean(dim=0, keepdim=True), box
+
+
+@pytest.mark.parametrize('batch_size', [1, 5, 7, 32])
+def test_a_perfect_prediction_scores_exactly_one(shared_data, batch_size):
+    dataset = MTLDataset('test', root=shared_data)
+    figures = engine.evaluate(Oracle(dataset, perfect), dataset, torch.device('cpu'), batch_size)
+    assert {name: figures[name] for name in engine.METRICS} == dict.fromkeys(engine.METRICS, 1)
+
+
+def test_figures_do_not_depend_on_the_batch_size(data):
+    """Also with labels missing, so that batches hold different numbers of them."""
+    dataset = MTLDataset('train', root=data)
+    dataset.bboxes[::3] = math.nan
+    dataset.labelled['box'][::3] = False
+    dataset.labels[1::4] = -1
+    found = [engine.evaluate(Oracle(dataset, imperfect), dataset, torch.device('cpu'), size)
+             for size in (1, 7, 32)]
+    assert 0 < found[0]['dice'] < 1 and 0 < found[0]['box_iou'] < 1
+    for other in found[1:]:
+        assert {k: other[k] for k in engine.METRICS} == {k: found[0][k] for k in engine.METRICS}
+        assert other == pytest.approx(found[0], rel=1e-6)
+
+
+def test_evaluation_leaves_the_mode_as_it_was_and_uses_evaluation_mode(shared_data):
+    dataset = Subset(MTLDataset('test', root=shared_data), range(6))
+    model = MTLNet(n_classes=8).train()
+    first = engine.evaluate(model, dataset, torch.device('cpu'))
+    assert model.training
+    assert first == engine.evaluate(model, dataset, torch.device('cpu'))
+
+
+def test_a_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
+    metrics = train(shared_data, tmp_path / 'run')
+    files = sorted(path.name for path in (tmp_path / 'run').iterdir())
+    assert files == ['best.pt', 'curves.png', 'last.pt', 'log.csv', 'metrics.json']
+    with open(tmp_path / 'run' / 'log.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['epoch'] for row in rows] == ['1', '2'] and float(rows[1]['val_dice']) > 0
+    assert json.loads((tmp_path / 'run' / 'metrics.json').read_text()) == metrics
+    assert metrics['data']['test'] == {'photographs': 12, 'class': 12, 'mask': 12, 'box': 12}
+    assert metrics['config']['seed'] == 0 and 'torch' in metrics['versions']
+    assert Image.open(tmp_path / 'run' / 'curves.png').size[0] > 600
+    printed = capsys.readouterr().out
+    for line in ('Dice Score - Segmentation: ', 'Accuracy - Classification: ',
+                 'IoU - Bounding Box Regression: ', 'IoU - Segmentation: '):
+        assert line in printed
+
+
+def test_the_epoch_with_the_best_validation_dice_is_tested_once(shared_data, tmp_path, monkeypatch):
+    scores, asked, original = iter([0.3, 0.9, 0.5, 0.7]), [], engine.evaluate
+
+    def evaluate(model, dataset, *args, **kw):
+        asked.append(dataset.dataset.folder.name)
+        figures = original(model, dataset, *args, **kw)
+        return figures | {'dice': next(scores)} if asked[-1] == 'val' else figures
+
+    monkeypatch.setattr(engine, 'evaluate', evaluate)
+    metrics = train(shared_data, tmp_path, '--epochs', '4', '--limit-batches', '1')
+    assert asked == ['val'] * 4 + ['test']
+    assert metrics['best_epoch'] == 2 and metrics['validation']['dice'] == 0.9
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(shared_data, tmp_path):
+    weights = []
+    for number, (seed, workers) in enumerate([(1, 1), (1, 1), (2, 1)]):
+        out = tmp_path / str(number)
+        train(shared_data, out, '--seed', str(seed), '--workers', str(workers), '--limit-batches', '2')
+        weights.append(torch.load(out / 'best.pt', weights_only=True)['weights'])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(shared_data, tmp_path, monkeypatch):
+    options = ('--epochs', '4', '--limit-batches', '2')
+    train(shared_data, tmp_path / 'whole', *options)
+
+    original = engine.epoch_line
+    with monkeypatch.context() as patch:
+        def stop(row, epochs):
+            if row['epoch'] == 2:
+                raise KeyboardInterrupt
+            return original(row, epochs)
+        patch.setattr(engine, 'epoch_line', stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(shared_data, tmp_path / 'parts', *options)
+    train(shared_data, tmp_path / 'parts', *options, '--resume')
+
+    whole, parts = (torch.load(tmp_path / name / 'last.pt', weights_only=True)
+                    for name in ('whole', 'parts'))
+    assert len(parts['history']) == 4
+    for part in ('model', 'average'):
+        assert all(torch.equal(whole[part][name], parts[part][name]) for name in whole[part])
+    assert all(torch.equal(one, whole['optimizer']['state'][i]['exp_avg'])
+               for i, one in ((i, s['exp_avg']) for i, s in parts['optimizer']['state'].items()))
+
+
+def test_resuming_with_other_options_is_refused_with_the_differences(shared_data, tmp_path):
+    train(shared_data, tmp_path, '--limit-batches', '1')
+    with pytest.raises(InputError, match='lr was 0.003 and is 0.1'):
+        train(shared_data, tmp_path, '--limit-batches', '1', '--lr', '0.1', '--resume')
+    with pytest.raises(InputError, match='no such file'):
+        train(shared_data, tmp_path / 'new', '--resume')
+
+
+def test_uncertainty_weights_are_optimised(shared_data, tmp_path):
+    metrics = train(shared_data, tmp_path, weighting=UncertaintyLoss(MTLNet.tasks))
+    assert set(metrics['task_weights']) == {f'log_variance.{task}' for task in MTLNet.tasks}
+    assert all(abs(value) > 1e-4 for value in metrics['task_weights'].values())
+
+
+def test_the_weights_reach_the_loss(shared_data, tmp_path):
+    """With no weight on the box, its head keeps the weights it started with, but for decay."""
+    weighting = WeightedLoss({'mask': 1, 'class': 1, 'box': 0})
+    train(shared_data, tmp_path, '--limit-batches', '1', weighting=weighting)
+    moments = torch.load(tmp_path / 'last.pt', weights_only=True)
+    names = [name for name, p in MTLNet(n_classes=8).named_parameters() if p.ndim > 1]
+    for index, name in enumerate(names):
+        moved = bool(moments['optimizer']['state'][index]['exp_avg'].abs().sum() > 0)
+        assert moved == (not name.startswith('box_head')), name
+
+
+def test_photographs_without_a_label_for_the_network_are_not_used(data, tmp_path):
+    dataset = MTLDataset('train', root=data)
+    dataset.labelled['mask'][:30] = False
+    assert len(dataset.with_labels(UNet.tasks)) == 6
+    assert len(dataset.with_labels(MTLNet.tasks)) == 36
+
+
+def test_size_grows_to_the_images_own():
+    sizes = [engine.training_size(epoch, 10, (256, 192)) for epoch in range(1, 11)]
+    assert sizes == [(128, 96)] * 6 + [(256, 192)] * 4
+    assert engine.training_size(1, 10, (64, 80)) == (64, 64)
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'', 'not a sound checkpoint'),
+    (b'no model', 'not a sound checkpoint'),
+    ({'layer.weight': torch.zeros(3)}, 'another kind of PyTorch file'),
+    (torch.zeros(3), 'another kind of PyTorch file'),
+    ({'format': engine.TRAINING_FORMAT}, "'segmentation-mtl training 1' file; expected"),
+    ({'format': engine.MODEL_FORMAT}, 'does not fit the networks'),
+    ({'format': engine.MODEL_FORMAT, 'network': 'UNet', 'arguments': {}, 'weights': {}},
+     'does not fit the networks'),
+    (MTLNet(n_classes=2), 'not a sound checkpoint'),  # a whole pickled module
+])
+def test_a_model_file_of_another_kind_is_refused(tmp_path, content, message):
+    path = tmp_path / 'model.pt'
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(InputError) as error:
+        engine.load_model(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_a_truncated_model_file_is_refused(shared_data, tmp_path):
+    train(shared_data, tmp_path, '--limit-batches', '1', '--epochs', '1')
+    whole = (tmp_path / 'best.pt').read_bytes()
+    (tmp_path / 'best.pt').write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(InputError, match='not a sound checkpoint'):
+        engine.load_model(tmp_path / 'best.pt')
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / 'created',)
+
+    torch.save({'format': engine.MODEL_FORMAT, 'weights': Evil()}, tmp_path / 'evil.pt')
+    with pytest.raises(InputError, match='not a sound checkpoint'):
+        engine.load_model(tmp_path / 'evil.pt')
+    assert not (tmp_path / 'created').exists()
+
+
+def test_a_checkpoint_rebuilds_its_model_by_itself(shared_data, tmp_path):
+    train(shared_data, tmp_path, '--limit-batches', '1', network=UNet)
+    model = engine.load_model(tmp_path / 'best.pt')
+    assert type(model) is UNet and not model.training
+    assert model.image_size == (64, 64) and len(model.class_names) == 8
+
+
+@pytest.mark.parametrize('spoil, message', [
+    (lambda data: (data / 'val' / 'masks.h5').unlink(), 'val/masks.h5: no such file'),
+    (lambda data: (data / 'train' / 'images.h5').write_bytes(b'x' * 5000), 'not a sound HDF5 file'),
+])
+def test_bad_data_stops_training_with_one_line(data, tmp_path, fails, spoil, message):
+    spoil(data)
+    assert message in fails(train_mtl.main, '--data', data, '--out', tmp_path / 'run')
+
+
+def test_damage_found_by_a_worker_is_one_line_too(data, tmp_path, fails):
+    import h5py
+    with h5py.File(data / 'train' / 'masks.h5', 'a') as file:
+        file['masks'][2, 5, 5] = 7
+    line = fails(train_mtl.main, '--data', data, '--out', tmp_path / 'run', '--workers', '1')
+    assert line.startswith('error: /') and 'sample 2 holds 7' in line
+
+
+def test_sizes_that_the_networks_cannot_take_are_refused(coursework, tmp_path, fails):
+    import data_rechunk
+    root = coursework(size=(64, 72))
+    data_rechunk.rechunk(root)
+    line = fails(train_mtl.main, '--data', root, '--out', tmp_path / 'run')
+    assert 'images of 72 x 64 pixels' in line
+
+
+def test_cuda_without_a_device_is_refused(shared_data, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    line = fails(train_mtl.main, '--data', shared_data, '--out', tmp_path, '--device', 'cuda')
+    assert 'no CUDA device' in line

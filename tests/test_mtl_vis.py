@@ -1,0 +1,122 @@
+"""Pictures and predictions from a trained model."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mtl_vis
+import train_baseline
+import train_mtl
+from mtl_vis import load_model, main, predict
+
+
+@pytest.fixture(scope='module')
+def model_path(shared_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp('model')
+    train_mtl.main(['--data', str(shared_data), '--out', str(out), '--model', str(out / 'mtl_model.pt'),
+                    '--epochs', '2', '--workers', '0'])
+    return out / 'mtl_model.pt'
+
+
+def photograph(path, size=(90, 70), mode='RGB'):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L', 'P', 'CMYK', '1'])
+@pytest.mark.parametrize('size', [(90, 70), (33, 200), (64, 64)])
+def test_a_prediction_fits_the_photograph(model_path, mode, size):
+    model = load_model(model_path)
+    prediction = predict(model, Image.new('RGB', size, 'orange').convert(mode))
+    assert prediction.breed in model.class_names and 0 < prediction.probability <= 1
+    assert prediction.mask.shape == size[::-1] and prediction.mask.dtype == bool
+    xmin, ymin, xmax, ymax = prediction.bbox
+    assert 0 <= xmin <= xmax <= size[0] and 0 <= ymin <= ymax <= size[1]
+
+
+def test_a_prediction_is_the_same_each_time(model_path):
+    model, image = load_model(model_path), Image.effect_noise((80, 60), 90)
+    assert not model.training
+    first, second = predict(model, image), predict(model, image)
+    assert first[:3] == second[:3] and (first.mask == second.mask).all()
+
+
+def test_predicting_agrees_with_evaluation(model_path, shared_data):
+    """The same pixels through `predict` and through MTLDataset give the same answer."""
+    dataset, model = mtl_vis.MTLDataset('test', root=shared_data), load_model(model_path)
+    image = dataset[4][0]
+    pixels = mtl_vis.denormalise(image)
+    prediction = predict(model, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+    with torch.inference_mode():
+        outputs = model(image[None])
+    assert prediction.breed == dataset.class_names[outputs.label.argmax()]
+    assert ((outputs.mask[0, 0] > 0).numpy() == prediction.mask).mean() > 0.999
+    assert prediction.bbox == pytest.approx((outputs.bbox[0] * 64).tolist(), abs=1e-2)
+
+
+def test_test_pets_are_drawn_with_target_and_predicted_mask(model_path, shared_data, tmp_path, monkeypatch):
+    rows, original = [], mtl_vis.save_picture
+    monkeypatch.setattr(mtl_vis, 'save_picture', lambda r, path: (rows.extend(r), original(r, path)))
+    main(['--model', str(model_path), '--data', str(shared_data), '--out', str(tmp_path / 'mask.png'),
+          '--count', '3'])
+    assert Image.open(tmp_path / 'mask.png').size == (3 * (64 + 36), 3 * (64 + 36))
+    for row in rows:
+        assert [title for title, _ in row][1:] == ['Target Mask', 'Predicted Mask']
+        for _, panel in row[1:]:  # masks, not logits
+            assert set(panel.unique().tolist()) <= {0, 255}
+
+
+def test_photographs_give_a_line_a_mask_and_a_picture(model_path, tmp_path, capsys):
+    first = photograph(tmp_path / 'one.png', (300, 200))
+    second = photograph(tmp_path / 'two.jpg', (120, 330), 'L')
+    main(['--model', str(model_path), '--out', str(tmp_path / 'out.png'),
+          '--save-masks', str(tmp_path / 'masks'), str(first), str(second)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f'{first}: ') and 'head ' in lines[0] and '% of the picture' in lines[0]
+    mask = Image.open(tmp_path / 'masks' / 'two.png')
+    assert mask.size == (120, 330) and set(np.unique(mask)) <= {0, 255}
+    # Two panels beside each other, at the photographs' own sizes, one row for each photograph.
+    assert Image.open(tmp_path / 'out.png').size == (2 * (300 + 36), 200 + 330 + 2 * 36)
+
+
+def test_a_rotated_photograph_is_drawn_as_viewers_show_it(model_path, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (300, 200)).save(tmp_path / 'phone.jpg', exif=exif)
+    main(['--model', str(model_path), '--out', str(tmp_path / 'out.png'),
+          '--save-masks', str(tmp_path), str(tmp_path / 'phone.jpg')])
+    assert Image.open(tmp_path / 'phone.png').size == (200, 300)
+
+
+def test_large_photographs_are_drawn_smaller_but_measured_in_their_own_pixels(model_path, tmp_path, capsys):
+    path = tmp_path / 'large.png'
+    Image.new('RGB', (3200, 1000), 'brown').save(path)
+    main(['--model', str(model_path), '--out', str(tmp_path / 'out.png'), str(path)])
+    assert Image.open(tmp_path / 'out.png').size[0] == 2 * (1600 + 36)
+    prediction = predict(load_model(model_path), Image.open(path))
+    assert f'head {prediction.bbox[0]:.0f} {prediction.bbox[1]:.0f}' in capsys.readouterr().out
+    assert prediction.mask.shape == (1000, 3200)
+
+
+def test_a_model_without_class_and_box_draws_its_mask(shared_data, tmp_path, capsys):
+    train_baseline.main(['--data', str(shared_data), '--out', str(tmp_path), '--epochs', '1',
+                         '--limit-batches', '1', '--workers', '0'])
+    model, out = str(tmp_path / 'best.pt'), str(tmp_path / 'out.png')
+    main(['--model', model, '--out', out, '--data', str(shared_data)])
+    main(['--model', model, '--out', out, str(photograph(tmp_path / 'one.png'))])
+    assert capsys.readouterr().out.splitlines()[-2].startswith(f'{tmp_path / "one.png"}: mask ')
+
+
+@pytest.mark.parametrize('content', [None, b'', b'no picture'])
+def test_a_photograph_that_cannot_be_read_is_named(model_path, tmp_path, fails, content):
+    path = tmp_path / 'cat.jpg'
+    if content is not None:
+        path.write_bytes(content)
+    assert str(path) in fails(main, '--model', model_path, '--out', tmp_path / 'out.png', path)
+    assert not (tmp_path / 'out.png').exists()
+
+
+def test_a_missing_model_is_named(tmp_path, fails):
+    assert 'mtl_model.pt: no such file' in fails(main, '--model', tmp_path / 'mtl_model.pt')

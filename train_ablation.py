@@ -1,0 +1,28 @@
+"""Train the multi-task network without one of its auxiliary tasks.
+
+    python train_ablation.py --without bbox      # AblatedNet: mask and class
+    python train_ablation.py --without class     # AblatedNet2: mask and box
+
+Prints a line an epoch and, at the end, the test figures of the epoch with the best validation Dice.
+Writes the run to runs/without_bbox/ or runs/without_class/.
+"""
+
+import engine
+from data_rechunk import run_script
+from models import AblatedNet, AblatedNet2
+from utils import WeightedLoss
+
+NETWORKS = {'bbox': AblatedNet, 'class': AblatedNet2}
+
+
+def main(argv=None):
+    parser = engine.training_parser(__doc__, out='runs/without_TASK')
+    parser.add_argument('--without', choices=NETWORKS, required=True, help='the task to leave out')
+    args = parser.parse_args(argv)
+    args.out = args.out.replace('TASK', args.without)
+    network = NETWORKS[args.without]
+    engine.train(network, WeightedLoss.equal(network.tasks), args)
+
+
+if __name__ == '__main__':
+    run_script(main)

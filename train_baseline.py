@@ -1,0 +1,21 @@
+"""Train the single-task baseline: the same U-Net, the mask alone.
+
+    python train_baseline.py
+
+Prints a line an epoch and, at the end, the test figures of the epoch with the best validation Dice.
+Writes the run to runs/baseline/. Photographs without a mask are not used.
+"""
+
+import engine
+from data_rechunk import run_script
+from models import UNet
+from utils import WeightedLoss
+
+
+def main(argv=None):
+    args = engine.training_parser(__doc__, out='runs/baseline').parse_args(argv)
+    engine.train(UNet, WeightedLoss.equal(UNet.tasks), args)
+
+
+if __name__ == '__main__':
+    run_script(main)

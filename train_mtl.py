@@ -1,0 +1,30 @@
+"""Train the multi-task network: mask, class and head box from one shared encoder.
+
+    python train_mtl.py
+
+Prints a line an epoch and, at the end, the test figures of the epoch with the best validation Dice.
+Writes the run to runs/mtl/ and the model that mtl_vis.py needs to mtl_model.pt.
+"""
+
+import shutil
+from pathlib import Path
+
+import engine
+from data_rechunk import replacing, run_script
+from models import MTLNet
+from utils import WeightedLoss
+
+
+def main(argv=None):
+    parser = engine.training_parser(__doc__, out='runs/mtl')
+    parser.add_argument('--model', default='mtl_model.pt', metavar='FILE',
+                        help='where the trained model goes (default: %(default)s)')
+    args = parser.parse_args(argv)
+    engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
+    with replacing(args.model) as part:
+        shutil.copyfile(Path(args.out) / 'best.pt', part)
+    print(f'model written to {args.model}; next: python mtl_vis.py')
+
+
+if __name__ == '__main__':
+    run_script(main)
