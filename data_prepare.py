@@ -21,14 +21,15 @@ from typing import NamedTuple
 
 import h5py
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import synthetic_pets
-from data_rechunk import SPLITS, InputError, reason, replacing, run_script
+from data_rechunk import SPLITS, InputError, open_h5, reason, replacing, run_script, whole_number
 
 MASK_UNKNOWN = 255  # stored where it is not known whether a pixel shows the pet
 BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
+STEMS = ('images', 'masks', 'bboxes', 'binary', 'breeds', 'names')
 BUFFERED = 64  # samples gathered before they are written
 
 
@@ -103,11 +104,7 @@ class OxfordPets:
     def read(self, record, size, warn):
         """The record's Sample; raises Unreadable for the photograph, warns of its annotations."""
         path = self._file('images', record.name)
-        try:
-            with Image.open(path) as photograph:
-                image = to_rgb(photograph).resize((size, size), Image.Resampling.BILINEAR)
-        except READ_ERRORS as error:
-            raise Unreadable(f'{path}: {reason(error)}') from None
+        image = read_photograph(path).resize((size, size), Image.Resampling.BILINEAR)
         labels = []
         for known, read in (record.has_mask, self._read_mask), (record.has_box, self._read_box):
             try:
@@ -135,12 +132,12 @@ class OxfordPets:
         path = self._file('xmls', name)
         try:
             root = ElementTree.parse(path).getroot()
-            corners = [float(root.find(f'object/bndbox/{key}').text)
+            corners = [float(root.findtext(f'object/bndbox/{key}', 'none'))
                        for key in ('xmin', 'ymin', 'xmax', 'ymax')]
             # The annotator's picture, which need not be as large as the photograph on disk.
-            extent = [float(root.find(f'size/{key}').text) for key in ('width', 'height')] * 2
-        except (ElementTree.ParseError, OSError, AttributeError, TypeError, ValueError) as error:
-            raise Unreadable(f'{path}: no usable <bndbox> and <size> ({reason(error)})') from None
+            extent = [float(root.findtext(f'size/{key}', 'none')) for key in ('width', 'height')] * 2
+        except (ElementTree.ParseError, OSError, LookupError, ValueError) as error:
+            raise Unreadable(f'{path}: no <bndbox> and <size> in numbers ({reason(error)})') from None
         if not all(np.isfinite(extent)) or min(extent) <= 0:
             raise Unreadable(f'{path}: <size> is {extent[0]:g} x {extent[1]:g}')
         bbox = np.clip(np.divide(corners, extent), 0, 1)
@@ -162,10 +159,22 @@ def to_rgb(photograph):
         photograph = photograph.convert('RGBA')
         white = Image.new('RGBA', photograph.size, 'white')
         photograph = Image.alpha_composite(white, photograph)
-    elif photograph.mode.startswith('I;16') or photograph.mode == 'I':
+    elif photograph.mode.startswith('I') and np.max(photograph) > 255:
         # Pillow cuts 16-bit grey off at 255 instead of scaling it.
         photograph = Image.fromarray((np.asarray(photograph) >> 8).clip(0, 255).astype(np.uint8))
     return photograph.convert('RGB')
+
+
+def read_photograph(path, upright=False):
+    """The file's PIL image as RGB, turned as its EXIF says if `upright`; raises Unreadable."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow's remarks on readable files: very large, palette transparency, damaged EXIF.
+            warnings.simplefilter('ignore')
+            with Image.open(path) as file:
+                return to_rgb(ImageOps.exif_transpose(file) if upright else file)
+    except READ_ERRORS as error:
+        raise Unreadable(f'{path}: {reason(error)}') from None
 
 
 class SyntheticPets:
@@ -241,7 +250,7 @@ class SplitWriter:
             )
         self.datasets['breeds'].attrs.create('class_names', class_names, dtype=text)
         self.rows, self.count = [], 0
-        self.counts, self.breeds, self.digest = Counter(), set(), hashlib.sha256()
+        self.counts, self.breeds = Counter(), set()
 
     def add(self, record, sample):
         height, width = sample.image.shape[:2]
@@ -255,7 +264,6 @@ class SplitWriter:
         self.counts.update({'masks': sample.mask is not None, 'boxes': sample.bbox is not None,
                             'cats': record.species == 0, 'dogs': record.species == 1})
         self.breeds.add(record.breed)
-        self.digest.update(record.name.encode() + b'\n')
         if len(self.rows) == BUFFERED:
             self._flush()
 
@@ -269,18 +277,30 @@ class SplitWriter:
                     dataset[-len(values):] = np.stack(values).astype(dataset.dtype, copy=False)
             self.rows.clear()
 
-    def close(self, options):
-        """Write what is left; mark the files as made together, from these names and options."""
+    def finish(self, preparation):
+        """Write what is left; mark the files with what all files of one preparation share."""
         self._flush()
-        self.digest.update(options.encode())
         for dataset in self.datasets.values():
-            dataset.attrs['preparation'] = self.digest.hexdigest()[:16]
-        self.abort()
+            dataset.attrs['preparation'] = preparation
+        self.close()
 
-    def abort(self):
+    def close(self):
         for dataset in self.datasets.values():
             if dataset:
                 dataset.file.close()
+
+
+def refuse_to_replace_others(paths):
+    """Raise InputError if a file stands at one of `paths` that this script did not write."""
+    for stem, path in paths.items():
+        try:
+            with open_h5(path) as file:
+                ours = stem in file and 'preparation' in file[stem].attrs
+        except InputError:  # none there, or damaged
+            continue
+        if not ours:
+            raise InputError(f'{path}: was not made by data_prepare.py and is left alone; choose '
+                             'another --out or move it away')
 
 
 def prepare(source, out, size, shares, seed, limit, options):
@@ -293,29 +313,33 @@ def prepare(source, out, size, shares, seed, limit, options):
         unreadable[kind] += 1
         tqdm.write(f'warning: {error}', file=sys.stderr)
 
-    rows = []
+    targets = {split: {stem: Path(out) / split / f'{stem}.h5' for stem in STEMS} for split in SPLITS}
+    for paths in targets.values():
+        refuse_to_replace_others(paths)
+    writers, digest = [], hashlib.sha256(options.encode())
     with ExitStack() as stack:  # every file takes its place when all of them are finished
         bar = stack.enter_context(tqdm(total=len(records), unit='photo', disable=None))
         for split in SPLITS:
-            paths = {stem: stack.enter_context(replacing(Path(out) / split / f'{stem}.h5'))
-                     for stem in ('images', 'masks', 'bboxes', 'binary', 'breeds', 'names')}
+            paths = {stem: stack.enter_context(replacing(path)) for stem, path in targets[split].items()}
             writer = SplitWriter(paths, size, source.class_names)
-            stack.callback(writer.abort)
+            stack.callback(writer.close)
+            writers.append(writer)
             for record in sorted(splits[split]):
                 try:
                     writer.add(record, source.read(record, size, warn))
                 except Unreadable as error:
                     warn(error, 'photograph')
+                digest.update(f'\n{split} {record.name}'.encode())
                 bar.update()
             if not writer.count:
                 raise InputError(f'{out}: the {split} split is empty; there are {len(records)} '
                                  f'photographs for the shares {shares}; take more or other shares')
-            writer.close(options)
-            counts = (writer.counts[key] for key in ('masks', 'boxes', 'cats', 'dogs'))
-            rows.append((split, writer.count, *counts, len(writer.breeds)))
+        for writer in writers:
+            writer.finish(digest.hexdigest()[:16])
     print(f'{"split":8}{"photographs":>12}{"masks":>8}{"boxes":>8}{"cats":>8}{"dogs":>8}{"breeds":>8}')
-    for row in rows:
-        print('{:8}{:12}{:8}{:8}{:8}{:8}{:8}'.format(*row))
+    for split, writer in zip(SPLITS, writers):
+        counts = ''.join(f'{writer.counts[key]:8}' for key in ('masks', 'boxes', 'cats', 'dogs'))
+        print(f'{split:8}{writer.count:12}{counts}{len(writer.breeds):8}')
     for kind, count in sorted(unreadable.items()):
         print(f'unreadable {kind}s left out: {count} (named in the warnings above)')
     print(f'written to {out}; next: python data_rechunk.py --data {out}')
@@ -327,7 +351,7 @@ def parse_shares(text):
         shares = tuple(float(part) for part in text.split('-'))
     except ValueError:
         shares = ()
-    if len(shares) != 3 or min(shares) <= 0:
+    if len(shares) != 3 or not all(0 < share < float('inf') for share in shares):
         raise argparse.ArgumentTypeError(f"'{text}' is not three positive numbers like 80-10-10")
     return shares
 
@@ -347,16 +371,14 @@ def main(argv=None):
                         help='stored width and height (default: %(default)s)')
     parser.add_argument('--split', type=parse_shares, default='80-10-10', metavar='A-B-C',
                         help='shares of train, val and test (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='of the split and of drawing (default: 0)')
+    parser.add_argument('--seed', type=whole_number(0), default=0, help='of the split and of drawing (default: 0)')
     parser.add_argument('--border', choices=BORDER, default='pet',
                         help="what the trimap's border counts as (default: %(default)s)")
-    parser.add_argument('--limit', type=int, metavar='N',
+    parser.add_argument('--limit', type=whole_number(1), metavar='N',
                         help='take N photographs, stratified (default: all; synthetic: 1200)')
     args = parser.parse_args(argv)
     if args.size < 64 or args.size % 16:
         parser.error(f'--size {args.size}: the networks take multiples of 16 from 64 up')
-    if args.limit is not None and args.limit < 1:
-        parser.error(f'--limit {args.limit}: at least 1')
 
     kind = args.source or ('oxford' if args.root or args.download else 'synthetic')
     if kind == 'synthetic':
@@ -369,10 +391,7 @@ def main(argv=None):
             download(root)
         source = OxfordPets(root, args.border)
     options = f'{kind} {args.size} {args.split} {args.seed} {args.border} {args.limit}'
-    with warnings.catch_warnings():
-        # Pillow's remarks on odd but readable files (large ones, palette transparency, damaged EXIF).
-        warnings.filterwarnings('ignore', module='PIL')
-        prepare(source, args.out, args.size, args.split, args.seed, args.limit, options)
+    prepare(source, args.out, args.size, args.split, args.seed, args.limit, options)
 
 
 def download(root):

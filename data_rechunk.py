@@ -65,6 +65,15 @@ def run_script(main):
         sys.exit(130)
 
 
+def whole_number(minimum):
+    """An argparse type: a whole number of at least `minimum` that fits a random seed's 32 bits."""
+    def parse(text):
+        if not text.lstrip('+-').isdecimal() or not minimum <= int(text) < 2**32:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum} up")
+        return int(text)
+    return parse
+
+
 def reason(error):
     """The exception's message as one line."""
     text = getattr(error, 'strerror', None) or str(error)
@@ -78,6 +87,8 @@ def replacing(path):
     The new file is synced to disk before it is renamed, so `path` is the old file or the new one at
     every moment. If the block raises, the unfinished file is removed and `path` is untouched.
     """
+    if os.path.isdir(path):
+        raise InputError(f'{path}: is a folder; expected the name of a file to write')
     path = Path(os.path.realpath(path))  # a link's target is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
@@ -97,7 +108,8 @@ def replacing(path):
 def open_h5(path):
     """Open an HDF5 file for reading; raises InputError where there is none or it is damaged."""
     if not os.path.isfile(path):
-        raise InputError(f'{path}: no such file; data_prepare.py makes it')
+        found = 'is a folder' if os.path.isdir(path) else 'no such file'
+        raise InputError(f'{path}: {found}; data_prepare.py makes it')
     try:
         return h5py.File(path, 'r')
     except OSError as error:

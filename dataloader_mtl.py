@@ -64,6 +64,7 @@ class MTLDataset(Dataset):
     Attributes:
         class_names: list of str, the name of each label.
         image_size: (height, width) of the stored images.
+        preparation: str that all files of one preparation share, None for files made elsewhere.
         labelled: dict of bool arrays (N,), for 'class', 'mask' and 'box' whether the sample has it.
 
     Files are opened once in each process that reads them, so the dataset can be pickled, forked and
@@ -180,6 +181,7 @@ class MTLDataset(Dataset):
                 raise InputError(f'{self.folder}: the files do not belong together, their {what} '
                                  f'differ: {listed}; prepare them again')
         self.image_size = tuple(int(side) for side in sizes['images'])
+        self.preparation = preparations['images']
 
     def _read_table(self, stem):
         with open_h5(self._path(stem)) as file:

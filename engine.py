@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import models
 import utils
-from data_rechunk import InputError, reason, replacing
+from data_rechunk import InputError, reason, replacing, whole_number
 from dataloader_mtl import MTLDataset, training_transform
 
 MODEL_FORMAT = 'segmentation-mtl model 1'
@@ -77,24 +77,34 @@ def training_parser(description, out):
     add = parser.add_argument
     add('--data', default='datasets/data_new', metavar='DIR',
         help='prepared and rechunked splits (default: %(default)s)')
-    add('--epochs', type=positive_int, default=24, help='passes over the data (default: %(default)s)')
-    add('--batch-size', type=positive_int, default=16, help='default: %(default)s')
-    add('--lr', type=float, default=3e-3, help='highest learning rate (default: %(default)s)')
-    add('--seed', type=int, default=0, help='of weights, order and augmentation (default: %(default)s)')
+    add('--epochs', type=whole_number(1), default=24, help='passes over the data (default: %(default)s)')
+    add('--batch-size', type=whole_number(1), default=16, help='default: %(default)s')
+    add('--lr', type=learning_rate, default=3e-3, help='highest learning rate (default: %(default)s)')
+    add('--seed', type=whole_number(0), default=0, help='of weights, order and augmentation (default: %(default)s)')
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='default: %(default)s')
-    add('--workers', type=int, default=1, help='loading processes (default: %(default)s)')
+    add('--workers', type=whole_number(0), default=1, help='loading processes (default: %(default)s)')
     add('--out', default=out, metavar='DIR', help="the run's folder (default: %(default)s)")
     add('--resume', action='store_true', help='go on from last.pt in --out')
-    add('--limit-batches', type=positive_int, metavar='N',
+    add('--limit-batches', type=whole_number(1), metavar='N',
         help='take N batches of each split only, for a quick trial')
     return parser
 
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not at least 1')
+def learning_rate(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
     return value
+
+
+def file_to_write(text):
+    """An argparse type, so that a name that cannot be written stops the script before it trains."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}' is a folder; expected the name of a file")
+    return text
 
 
 def choose_device(name):
@@ -189,7 +199,7 @@ class Means:
             self.counts[task] += count
 
     def result(self):
-        return {f'loss_{task}': self.sums[task] / self.counts[task] for task in self.sums}
+        return {f'loss_{task}': self.sums[task] / self.counts[task] for task in TASKS if task in self.sums}
 
 
 def train_one_epoch(run, loader, description):
@@ -202,18 +212,27 @@ def train_one_epoch(run, loader, description):
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
                 outputs, batch = forward(run.model, to_device(batch, run.device))
             losses = task_losses(outputs, batch)
-            total = run.weighting({task: loss for task, (loss, _) in losses.items()})
-            run.optimizer.zero_grad()
-            total.backward()
-            run.optimizer.step()
+            if losses:  # a crop can take the only label of a small batch
+                total = run.weighting({task: loss for task, (loss, _) in losses.items()})
+                require_finite(total, losses)
+                run.optimizer.zero_grad()
+                total.backward()
+                run.optimizer.step()
+                run.average.update_parameters(run.model)
+                means.add(losses)
+                bar.set_postfix(loss=f'{total.item():.3f}', refresh=False)
             run.schedule.step()
-            run.average.update_parameters(run.model)
-            means.add(losses)
             seen += len(batch[0])
-            bar.set_postfix(loss=f'{total.item():.3f}', refresh=False)
             bar.update(len(batch[0]))
     assert seen == len(loader.dataset), 'the loader must give each sample once'
     return means.result()
+
+
+def require_finite(total, losses):
+    if not total.isfinite():
+        shown = ', '.join(f'{task} {loss.item():.3g}' for task, (loss, _) in losses.items())
+        raise InputError(f'the loss is {total.item()} ({shown}); training stopped and what was saved '
+                         'before is kept; try a lower --lr')
 
 
 @torch.inference_mode()
@@ -263,7 +282,10 @@ def load_checkpoint(path, expected, device='cpu'):
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f'{path}: no such file; the training scripts make it') from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # its message is about torch.load's options
+        raise InputError(f'{path}: not a sound checkpoint (not one of plain weights); the training '
+                         'scripts write such files') from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise InputError(f'{path}: not a sound checkpoint ({reason(error)[:100]})') from None
     found = content.get('format') if isinstance(content, dict) else None
     if found != expected:
@@ -358,22 +380,24 @@ class Run:
 def train(network, weighting, args):
     """Train `network` with `weighting`, test its best epoch once; returns metrics.json's content."""
     out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     seed_everything(args.seed)
     train_set, train_part = load_split(args, 'train', network.tasks)
     (val_set, val_part), (test_set, test_part) = (
         load_split(args, split, network.tasks) for split in ('val', 'test')
     )
-    same_classes(train_set, val_set, test_set)
+    belong_together(train_set, val_set, test_set)
     steps = -(-len(train_part) // args.batch_size)
     run = Run(network, weighting, train_set, steps * args.epochs, args)
     config = {
         'network': network.__name__,
         'weighting': type(weighting).__name__,
-        'weights': getattr(weighting, 'weights', None),
+        'weights': {task: round(weight, 4) for task, weight in getattr(weighting, 'weights', {}).items()},
         'precision': 'bfloat16' if run.bfloat16 else 'float32',
         'device': run.device.type,
         'train_samples': len(train_part),
+        'preparation': train_set.preparation,
         **{name: getattr(args, name)
            for name in ('data', 'epochs', 'batch_size', 'lr', 'seed', 'workers', 'limit_batches')},
     }
@@ -421,8 +445,8 @@ def train(network, weighting, args):
         'best_epoch': run.best['epoch'],
         'training_seconds': sum(row['total_seconds'] for row in run.history),
         'config': config,
-        'data': {split: count_labels(part) for split, part in
-                 (('train', train_part), ('val', val_part), ('test', test_part))},
+        'data': {part.dataset.folder.name: count_labels(part)
+                 for part in (train_part, val_part, test_part)},
         'parameters': sum(p.numel() for p in model.parameters()),
         'task_weights': {name: p.item() for name, p in run.weighting.named_parameters()},
         'versions': {'python': platform.python_version(), 'torch': torch.__version__,
@@ -447,11 +471,13 @@ def training_size(epoch, epochs, image_size):
     return tuple(max(64, side // 32 * 16) for side in image_size)
 
 
-def same_classes(*datasets):
-    names = [dataset.class_names for dataset in datasets]
-    if any(other != names[0] for other in names):
-        raise InputError(f'{datasets[0].folder.parent}: the splits have different classes '
-                         f'({", ".join(str(len(each)) for each in names)}); prepare them again')
+def belong_together(*datasets):
+    """Refuse splits of different classes, sizes or preparations: a photograph could be in two."""
+    for what in 'class_names', 'image_size', 'preparation':
+        found = [getattr(dataset, what) for dataset in datasets]
+        if any(other != found[0] for other in found):
+            raise InputError(f'{datasets[0].folder.parent}: the splits do not belong together, their '
+                             f'{what} differs; prepare them again')
 
 
 def count_labels(part):
@@ -488,6 +514,7 @@ def draw_curves(history, path):
     left, right = figure.subplots(1, 2)
     for axes, title in (left, 'Loss'), (right, 'Validation'):
         axes.set(title=title, xlabel='epoch')
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     for number, task in enumerate(TASKS):
         for part, style in ('train', '-'), ('val', '--'):

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from data_prepare import READ_ERRORS, to_rgb
-from data_rechunk import InputError, reason, replacing, run_script
+from data_prepare import Unreadable, read_photograph, to_rgb
+from data_rechunk import InputError, replacing, run_script, whole_number
 from dataloader_mtl import MEAN, STD, MTLDataset, normalise
 from engine import load_model
 
@@ -88,6 +88,12 @@ def plain_mask(mask):
     return (mask.nan_to_num(0.5) * 255).to(torch.uint8).expand(3, -1, -1)
 
 
+def enlarged(panel):
+    """A whole multiple of a small panel, so that its title fits beside the next one's."""
+    scale = -(-PANEL[0] // max(panel.shape[1:]))
+    return panel.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+
+
 def caption(prediction):
     return f'{prediction.breed} ({prediction.probability:.0%})' if prediction.breed else 'Photograph'
 
@@ -96,7 +102,7 @@ def save_picture(rows, path):
     """Write rows of (title, panel) pairs as one PNG, every panel at its own size and aspect ratio."""
     from matplotlib.figure import Figure
 
-    margin, dpi = 36, 100  # pixels around a panel, for its title
+    margin, dpi = 44, 100  # pixels around a panel, for a title of two lines
     sizes = [[panel.shape[1:] for _, panel in row] for row in rows]
     heights = [max(height for height, _ in row) + margin for row in sizes]
     columns = [max(row[i][1] for row in sizes if i < len(row)) + margin for i in range(len(rows[0]))]
@@ -130,11 +136,12 @@ def draw_test_pets(model, root, count, seed, out):
         prediction = predict(model, v2.functional.to_pil_image(pixels))
         height, width = pixels.shape[1:]
         target = None if bbox.isnan().any() else (bbox * torch.tensor([width, height] * 2)).tolist()
-        truth = f', is {dataset.class_names[label]}' if label >= 0 and prediction.breed else ''
+        truth = f'\nis {dataset.class_names[label]}' if label >= 0 and prediction.breed else ''
         boxed = draw_boxes(pixels, {TARGET: target, PREDICTED: prediction.bbox})
         row = [(caption(prediction) + truth, boxed), ('Target Mask', plain_mask(mask[0]))]
         if prediction.mask is not None:
             row.append(('Predicted Mask', plain_mask(torch.as_tensor(prediction.mask).float())))
+        row = [(title, enlarged(panel)) for title, panel in row]
         rows.append(row)
     save_picture(rows, out)
     print(f'{out}: {len(rows)} test pets; boxes: target green, prediction red')
@@ -147,22 +154,39 @@ def denormalise(image):
 
 
 def draw_photographs(model, paths, masks_folder, out):
-    """Photographs from disk: prediction only, a printed line each."""
-    rows = []
+    """Photographs from disk: prediction only, a printed line each; a broken one stops no other."""
+    rows, broken = [], []
     for path in paths:
         try:
-            with Image.open(path) as file:
-                photograph = to_rgb(ImageOps.exif_transpose(file))  # as every viewer shows it
-        except READ_ERRORS as error:
-            raise InputError(f'{path}: not a photograph that can be read ({reason(error)})') from None
+            photograph = read_photograph(path, upright=True)  # as every viewer shows it
+        except Unreadable as error:
+            broken.append(str(error))
+            continue
         prediction = predict(model, photograph)
         print(f'{path}: {describe(prediction)}')
         if masks_folder and prediction.mask is not None:
-            with replacing(Path(masks_folder) / f'{Path(path).stem}.png') as part:
+            with replacing(mask_path(masks_folder, path)) as part:
                 Image.fromarray(prediction.mask.astype(np.uint8) * 255).save(part, format='PNG')
         rows.append(photograph_row(photograph, prediction))
-    save_picture(rows, out)
-    print(f'written to {out}')
+    if rows:
+        save_picture(rows, out)
+        print(f'written to {out}')
+    if broken:
+        raise InputError(f'{len(broken)} of {len(paths)} photographs cannot be read: {"; ".join(broken)}')
+
+
+def mask_path(folder, photograph):
+    return Path(folder) / f'{Path(photograph).stem}_mask.png'
+
+
+def refuse_to_overwrite(targets, inputs):
+    """Raise InputError if two of the paths to write are one, or one of them is a file to read."""
+    seen = {Path(path).resolve() for path in inputs}
+    for target in targets:
+        if Path(target).resolve() in seen:
+            raise InputError(f'{target}: would be written over an input or twice; give another --out or '
+                             '--save-masks, or one photograph at a time')
+        seen.add(Path(target).resolve())
 
 
 def photograph_row(photograph, prediction):
@@ -200,11 +224,15 @@ def main(argv=None):
                         help='as train_mtl.py writes it (default: %(default)s)')
     parser.add_argument('--data', default='datasets/data_new', metavar='DIR',
                         help='where the test pets are (default: %(default)s)')
-    parser.add_argument('--count', type=int, default=6, help='how many test pets (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='which test pets (default: %(default)s)')
-    parser.add_argument('--save-masks', metavar='DIR', help="write each photograph's mask as DIR/NAME.png")
+    parser.add_argument('--count', type=whole_number(1), default=6, help='how many test pets (default: %(default)s)')
+    parser.add_argument('--seed', type=whole_number(0), default=0, help='which test pets (default: %(default)s)')
+    parser.add_argument('--save-masks', metavar='DIR', help="write each photograph's mask as DIR/NAME_mask.png")
     parser.add_argument('--out', default='mask.png', metavar='FILE', help='default: %(default)s')
     args = parser.parse_args(argv)
+    if args.save_masks and not args.photographs:
+        parser.error('--save-masks needs photographs')
+    masks = [mask_path(args.save_masks, path) for path in args.photographs if args.save_masks]
+    refuse_to_overwrite([args.out, *masks], [args.model, *args.photographs])
     model = load_model(args.model)
     if args.photographs:
         draw_photographs(model, args.photographs, args.save_masks, args.out)

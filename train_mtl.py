@@ -17,7 +17,7 @@ from utils import WeightedLoss
 
 def main(argv=None):
     parser = engine.training_parser(__doc__, out='runs/mtl')
-    parser.add_argument('--model', default='mtl_model.pt', metavar='FILE',
+    parser.add_argument('--model', type=engine.file_to_write, default='mtl_model.pt', metavar='FILE',
                         help='where the trained model goes (default: %(default)s)')
     args = parser.parse_args(argv)
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)

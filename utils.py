@@ -29,10 +29,10 @@ def box_known(bbox):
 
 
 def reduce(values, reduction):
-    """(K,) values of the samples that have the label -> their mean, a zero if there are none."""
+    """(K,) values of the samples that have the label -> their mean, or zero if there are none."""
     if reduction == 'none':
         return values
-    return values.mean() if len(values) else values.sum()  # the sum of none keeps the graph
+    return values.mean() if len(values) else values.sum()  # a sum keeps the graph, unlike a constant
 
 
 # ---- losses
@@ -42,7 +42,8 @@ class DiceLoss(nn.Module):
     """1 - 2 sum(p t) / (sum(p) + sum(t)) of each image, p the sigmoid of the logits, averaged.
 
     The soft Dice loss (Milletari, Navab and Ahmadi, V-Net, 3DV 2016, with plain sums below, as in the
-    Dice coefficient), over the known pixels, with 1 added above and below so that an empty mask has a gradient.
+    Dice coefficient) over the known pixels; 1 is added above and below, so that an image whose mask is
+    empty has a gradient.
     """
 
     def forward(self, mask_logits, mask):

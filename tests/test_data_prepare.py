@@ -104,7 +104,7 @@ def test_boxes_are_scaled_by_the_size_in_the_xml(oxford, tmp_path):
 
 @pytest.mark.parametrize('mode, colour', [
     ('RGB', (200, 100, 50)), ('RGBA', (200, 100, 50, 255)), ('P', None), ('L', 90), ('CMYK', (0, 90, 9, 0)),
-    ('LA', (90, 255)), ('1', 1), ('I;16', 90 * 256), ('F', 90.0),
+    ('LA', (90, 255)), ('1', 1), ('I;16', 90 * 256), ('I', 90), ('I', 90 * 256), ('F', 90.0),
 ])
 def test_every_mode_becomes_rgb(mode, colour):
     photograph = Image.new('RGB', (8, 6), (200, 100, 50)).convert('P', palette=Image.Palette.ADAPTIVE) \
@@ -113,7 +113,7 @@ def test_every_mode_becomes_rgb(mode, colour):
     assert (rgb.mode, rgb.size) == ('RGB', (8, 6))
     if mode in ('RGB', 'RGBA', 'P'):
         assert rgb.getpixel((3, 3)) == (200, 100, 50)
-    if mode in ('L', 'LA', 'I;16', 'F'):
+    if mode in ('L', 'LA', 'I;16', 'I', 'F'):
         assert rgb.getpixel((3, 3)) == (90, 90, 90)
 
 
@@ -140,15 +140,16 @@ def test_unreadable_files_are_named_counted_and_left_out(oxford, tmp_path, capsy
     (folder / 'annotations/xmls/breed1_3.xml').write_text('<annotation><size>')
     write_xml(folder / 'annotations/xmls/breed0_4.xml', (80, 60), (40, 6, 8, 30))
     (folder / 'annotations/xmls/breed1_5.xml').write_text('<annotation/>')
+    (folder / 'annotations/xmls/breed1_7.xml').write_text('<?xml version="1.0" encoding="x"?><a/>')
     Image.new('L', (80, 60), 7).save(folder / 'annotations/trimaps/breed0_6.png')
     out = tmp_path / 'out'
     main(['--root', str(root), '--out', str(out), '--size', '64', '--split', '60-20-20'])
     output = capsys.readouterr()
     for name in ('breed0_0.jpg', 'breed1_1.jpg', 'breed0_2.jpg', 'breed1_3.xml', 'breed0_4.xml',
-                 'breed1_5.xml', 'breed0_6.png'):
+                 'breed1_5.xml', 'breed1_7.xml', 'breed0_6.png'):
         assert sum(name in line for line in output.err.splitlines()) == 1
     assert 'unreadable photographs left out: 3' in output.out
-    assert 'unreadable annotations left out: 4' in output.out
+    assert 'unreadable annotations left out: 5' in output.out
     kept = [name for split in SPLITS for name in names(out, split)]
     assert len(kept) == 17 and 'breed0_6' in kept  # without its mask
 
@@ -175,6 +176,31 @@ def test_synthetic_pets_are_the_default_and_fully_labelled(shared_data):
     for split in SPLITS:
         assert set(np.unique(read(shared_data, split, 'masks'))) == {0, 1}
         assert not np.isnan(read(shared_data, split, 'bboxes')).any()
+
+
+def test_files_made_elsewhere_are_not_replaced(coursework, fails):
+    root = coursework()
+    before = {path: path.read_bytes() for path in root.rglob('*.h5')}
+    line = fails(main, '--limit', 40, '--size', 64, '--out', root)
+    assert 'was not made by data_prepare.py and is left alone' in line
+    assert before == {path: path.read_bytes() for path in root.rglob('*.h5')}
+
+
+def test_its_own_and_damaged_files_are_replaced(data):
+    (data / 'val' / 'masks.h5').write_bytes(b'damaged')
+    main(['--limit', '40', '--size', '64', '--split', '60-20-20', '--out', str(data)])
+    assert len(read(data, 'train', 'images')) == 24 and len(read(data, 'val', 'masks')) == 8
+
+
+@pytest.mark.parametrize('option', [
+    ('--split', '80-20'), ('--split', 'nan-1-1'), ('--seed', '-1'), ('--limit', '0'), ('--size', '100'),
+    ('--border', 'grey'), ('--source', 'synthetic', '--root', '.'),
+])
+def test_options_that_make_no_sense_are_refused(option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*option, '--out', str(tmp_path / 'out')])
+    assert stopped.value.code == 2 and option[0] in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
 
 
 def test_nothing_is_written_when_a_split_stays_empty(oxford, tmp_path, fails):

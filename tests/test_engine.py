@@ -187,7 +187,7 @@ def test_size_grows_to_the_images_own():
 
 @pytest.mark.parametrize('content, message', [
     (b'', 'not a sound checkpoint'),
-    (b'no model', 'not a sound checkpoint'),
+    (b'no model at all', 'not one of plain weights'),
     ({'layer.weight': torch.zeros(3)}, 'another kind of PyTorch file'),
     (torch.zeros(3), 'another kind of PyTorch file'),
     ({'format': engine.TRAINING_FORMAT}, "'segmentation-mtl training 1' file; expected"),
@@ -246,6 +246,41 @@ def test_damage_found_by_a_worker_is_one_line_too(data, tmp_path, fails):
         file['masks'][2, 5, 5] = 7
     line = fails(train_mtl.main, '--data', data, '--out', tmp_path / 'run', '--workers', '1')
     assert line.startswith('error: /') and 'sample 2 holds 7' in line
+
+
+def test_splits_of_two_preparations_are_refused(data, tmp_path, fails):
+    import h5py
+    for path in (data / 'test').glob('*.h5'):
+        with h5py.File(path, 'a') as file:
+            file[path.stem].attrs['preparation'] = 'another'
+    line = fails(train_mtl.main, '--data', data, '--out', tmp_path / 'run')
+    assert 'do not belong together, their preparation differs' in line
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(shared_data, tmp_path, fails):
+    train(shared_data, tmp_path, '--limit-batches', '1')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    line = fails(train_mtl.main, '--data', shared_data, '--out', tmp_path, '--lr', '1e30',
+                 '--model', tmp_path / 'model.pt', '--workers', 0)
+    assert 'the loss is ' in line and 'mask ' in line and 'lower --lr' in line
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_batch_that_lost_its_only_label_is_passed_over(shared_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, 'task_losses', lambda outputs, batch: {})
+    metrics = train(shared_data, tmp_path, '--limit-batches', '1', '--epochs', '1')
+    assert set(metrics['test']) == set(engine.METRICS)
+
+
+@pytest.mark.parametrize('option', [
+    ('--epochs', '0'), ('--epochs', 'abc'), ('--batch-size', '-4'), ('--lr', 'nan'), ('--lr', '-1'),
+    ('--workers', '-1'), ('--seed', '-1'), ('--seed', '99999999999'), ('--limit-batches', '0'),
+    ('--model', '.'),
+])
+def test_options_that_make_no_sense_are_refused(option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_mtl.main([*option, '--out', str(tmp_path / 'run')])
+    assert stopped.value.code == 2 and f"{option[0]}: '{option[1]}' is " in capsys.readouterr().err
 
 
 def test_sizes_that_the_networks_cannot_take_are_refused(coursework, tmp_path, fails):

@@ -61,7 +61,7 @@ def test_test_pets_are_drawn_with_target_and_predicted_mask(model_path, shared_d
     monkeypatch.setattr(mtl_vis, 'save_picture', lambda r, path: (rows.extend(r), original(r, path)))
     main(['--model', str(model_path), '--data', str(shared_data), '--out', str(tmp_path / 'mask.png'),
           '--count', '3'])
-    assert Image.open(tmp_path / 'mask.png').size == (3 * (64 + 36), 3 * (64 + 36))
+    assert Image.open(tmp_path / 'mask.png').size == (3 * (256 + 44), 3 * (256 + 44))
     for row in rows:
         assert [title for title, _ in row][1:] == ['Target Mask', 'Predicted Mask']
         for _, panel in row[1:]:  # masks, not logits
@@ -75,10 +75,10 @@ def test_photographs_give_a_line_a_mask_and_a_picture(model_path, tmp_path, caps
           '--save-masks', str(tmp_path / 'masks'), str(first), str(second)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f'{first}: ') and 'head ' in lines[0] and '% of the picture' in lines[0]
-    mask = Image.open(tmp_path / 'masks' / 'two.png')
+    mask = Image.open(tmp_path / 'masks' / 'two_mask.png')
     assert mask.size == (120, 330) and set(np.unique(mask)) <= {0, 255}
     # Two panels beside each other, at the photographs' own sizes, one row for each photograph.
-    assert Image.open(tmp_path / 'out.png').size == (2 * (300 + 36), 200 + 330 + 2 * 36)
+    assert Image.open(tmp_path / 'out.png').size == (2 * (300 + 44), 200 + 330 + 2 * 44)
 
 
 def test_a_rotated_photograph_is_drawn_as_viewers_show_it(model_path, tmp_path):
@@ -87,14 +87,14 @@ def test_a_rotated_photograph_is_drawn_as_viewers_show_it(model_path, tmp_path):
     Image.new('RGB', (300, 200)).save(tmp_path / 'phone.jpg', exif=exif)
     main(['--model', str(model_path), '--out', str(tmp_path / 'out.png'),
           '--save-masks', str(tmp_path), str(tmp_path / 'phone.jpg')])
-    assert Image.open(tmp_path / 'phone.png').size == (200, 300)
+    assert Image.open(tmp_path / 'phone_mask.png').size == (200, 300)
 
 
 def test_large_photographs_are_drawn_smaller_but_measured_in_their_own_pixels(model_path, tmp_path, capsys):
     path = tmp_path / 'large.png'
     Image.new('RGB', (3200, 1000), 'brown').save(path)
     main(['--model', str(model_path), '--out', str(tmp_path / 'out.png'), str(path)])
-    assert Image.open(tmp_path / 'out.png').size[0] == 2 * (1600 + 36)
+    assert Image.open(tmp_path / 'out.png').size[0] == 2 * (1600 + 44)
     prediction = predict(load_model(model_path), Image.open(path))
     assert f'head {prediction.bbox[0]:.0f} {prediction.bbox[1]:.0f}' in capsys.readouterr().out
     assert prediction.mask.shape == (1000, 3200)
@@ -116,6 +116,28 @@ def test_a_photograph_that_cannot_be_read_is_named(model_path, tmp_path, fails, 
         path.write_bytes(content)
     assert str(path) in fails(main, '--model', model_path, '--out', tmp_path / 'out.png', path)
     assert not (tmp_path / 'out.png').exists()
+
+
+def test_a_broken_photograph_stops_no_other(model_path, tmp_path, fails):
+    broken, sound = tmp_path / 'broken.jpg', photograph(tmp_path / 'sound.png')
+    broken.write_bytes(b'no picture')
+    line = fails(main, '--model', model_path, '--out', tmp_path / 'out.png', broken, sound)
+    assert '1 of 2 photographs cannot be read' in line and str(broken) in line
+    assert Image.open(tmp_path / 'out.png').size == (2 * (256 + 44), 199 + 44)
+
+
+def test_no_input_is_overwritten_and_no_mask_twice(model_path, tmp_path, fails):
+    (tmp_path / 'b').mkdir()
+    one, two = photograph(tmp_path / 'cat.png'), photograph(tmp_path / 'b' / 'cat.png')
+    mask = photograph(tmp_path / 'dog_mask.png')
+    dog = photograph(tmp_path / 'dog.png')
+    for arguments in (['--out', one, one], ['--out', model_path, one],
+                      ['--save-masks', tmp_path / 'masks', one, two],
+                      ['--save-masks', tmp_path, dog, mask]):
+        before = {path: path.read_bytes() for path in (one, two, mask, dog, model_path)}
+        line = fails(main, '--model', model_path, '--out', tmp_path / 'out.png', *arguments)
+        assert 'would be written over an input or twice' in line
+        assert before == {path: path.read_bytes() for path in before}
 
 
 def test_a_missing_model_is_named(tmp_path, fails):

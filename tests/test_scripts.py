@@ -115,7 +115,7 @@ def test_the_courseworks_own_files_train_with_the_species_as_the_class(coursewor
 
 
 def test_from_nothing_to_the_picture_with_the_default_names(tmp_path):
-    """The README's commands, in order, in an empty folder."""
+    """The README's way from photographs to mask.png, on drawn pets, in an empty folder."""
     def run(script, *arguments):
         subprocess.run([sys.executable, ROOT / script, *arguments], cwd=tmp_path, check=True,
                        capture_output=True)
