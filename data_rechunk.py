@@ -12,8 +12,8 @@ renamed over it. A run killed at any moment leaves the old file whole, and the n
 
 Memory: three slabs of 64 MiB at most and one chunk of the source, whatever the number of samples.
 
-This is also the one module that knows what the files look like and how they are opened and replaced;
-`data_prepare.py`, `dataloader_mtl.py` and `engine.py` build on it. It imports no torch.
+It also holds what the scripts share and that needs no torch: what the files look like, how they are
+opened and replaced, `InputError`, `run_script` and `whole_number`.
 """
 
 import argparse

@@ -138,10 +138,11 @@ class MTLDataset(Dataset):
             raise InputError(f'{self._path(stem)}: sample {index} is damaged ({reason(error)}); '
                              'make the file again') from None
 
-    @staticmethod
-    def _relative_box(boxes, height, width):
+    def _relative_box(self, boxes, height, width):
         boxes = boxes.as_subclass(torch.Tensor).float() / torch.tensor([width, height, width, height])
-        boxes = boxes.clamp(0, 1)[ops.remove_small_boxes(boxes.clamp(0, 1), SMALLEST_BOX)]
+        boxes = boxes.clamp(0, 1)
+        if self.transform is not None:
+            boxes = boxes[ops.remove_small_boxes(boxes, SMALLEST_BOX)]
         return boxes[0] if len(boxes) else torch.full((4,), torch.nan)
 
     def _float_mask(self, mask, index):
@@ -223,13 +224,17 @@ class MTLDataset(Dataset):
     def _masks_known(self):
         """(N,) bool: whether any pixel of the mask is known."""
         path = self._path('masks')
-        known = np.empty(len(self), bool)
+        known, pet, unknown = np.empty(len(self), bool), False, False
         with open_h5(path) as file:
             masks = file['chunked_masks']
             try:
                 for index in range(len(masks)):
-                    known[index] = (masks[index] != MASK_UNKNOWN).any()
+                    mask = masks[index]
+                    known[index] = (mask != MASK_UNKNOWN).any()
+                    pet, unknown = pet or (mask == 1).any(), unknown or (mask == MASK_UNKNOWN).any()
             except OSError as error:
                 raise InputError(f'{path}: sample {index} is damaged ({reason(error)}); '
                                  'make the file again') from None
+        if unknown and known.any() and not pet:
+            raise InputError(f'{path}: holds 0 and 255 but no 1; 255 means not known, the pet is 1')
         return known

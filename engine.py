@@ -83,10 +83,10 @@ def training_parser(description, out):
     add('--seed', type=whole_number(0), default=0, help='of weights, order and augmentation (default: %(default)s)')
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='default: %(default)s')
     add('--workers', type=whole_number(0), default=1, help='loading processes (default: %(default)s)')
-    add('--out', default=out, metavar='DIR', help="the run's folder (default: %(default)s)")
+    add('--out', default=out, metavar='DIR', help=f"the run's folder (default: {out or 'named after the experiment'})")
     add('--resume', action='store_true', help='go on from last.pt in --out')
     add('--limit-batches', type=whole_number(1), metavar='N',
-        help='take N batches of each split only, for a quick trial')
+        help='take N times the batch size of each split only, for a quick trial')
     return parser
 
 
@@ -437,7 +437,8 @@ def train(network, weighting, args):
 
     model = load_model(out / 'best.pt', run.device)
     test = evaluate(model, test_part, run.device, workers=args.workers)
-    report(f'Test, epoch {run.best["epoch"]} of {args.epochs} (best validation Dice)', test)
+    chosen = 'best validation Dice' if 'val_dice' in run.best else 'the last, without validation masks'
+    report(f'Test, epoch {run.best["epoch"]} of {args.epochs} ({chosen})', test)
     metrics = {
         'test': test,
         'validation': {name.removeprefix('val_'): value for name, value in run.best.items()
@@ -448,7 +449,7 @@ def train(network, weighting, args):
         'data': {part.dataset.folder.name: count_labels(part)
                  for part in (train_part, val_part, test_part)},
         'parameters': sum(p.numel() for p in model.parameters()),
-        'task_weights': {name: p.item() for name, p in run.weighting.named_parameters()},
+        'learned_weighting': {name: p.item() for name, p in run.weighting.named_parameters()},
         'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                      'torchvision': torchvision.__version__, 'h5py': h5py.__version__,
                      'numpy': np.__version__},

@@ -596,6 +596,8 @@ def main(argv=None):
     parser.add_argument('--seed', type=int, default=0, help='names the set (default: 0)')
     parser.add_argument('--size', type=int, default=256, help='side of a picture (default: 256)')
     args = parser.parse_args(argv)
+    if args.count < 1:
+        parser.error(f'--count {args.count}: at least 1')
 
     columns = min(args.count, len(BREEDS))
     rows = -(-args.count // columns)

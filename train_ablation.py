@@ -16,10 +16,10 @@ NETWORKS = {'bbox': AblatedNet, 'class': AblatedNet2}
 
 
 def main(argv=None):
-    parser = engine.training_parser(__doc__, out='runs/without_TASK')
+    parser = engine.training_parser(__doc__, out=None)
     parser.add_argument('--without', choices=NETWORKS, required=True, help='the task to leave out')
     args = parser.parse_args(argv)
-    args.out = args.out.replace('TASK', args.without)
+    args.out = args.out or f'runs/without_{args.without}'
     network = NETWORKS[args.without]
     engine.train(network, WeightedLoss.equal(network.tasks), args)
 

@@ -23,7 +23,7 @@ def main(argv=None):
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
     with replacing(args.model) as part:
         shutil.copyfile(Path(args.out) / 'best.pt', part)
-    print(f'model written to {args.model}; next: python mtl_vis.py')
+    print(f'model written to {args.model}; next: python mtl_vis.py --data {args.data} --model {args.model}')
 
 
 if __name__ == '__main__':

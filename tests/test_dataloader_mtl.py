@@ -133,6 +133,25 @@ def test_workers_give_the_samples_of_a_single_process(shared_data, method):
         assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
+@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='no fork here')
+def test_a_forked_process_opens_files_of_its_own(shared_data, monkeypatch):
+    dataset, opened, original = MTLDataset('test', root=shared_data), [], h5py.File
+    dataset[0]
+    monkeypatch.setattr(h5py, 'File', lambda *args, **kw: opened.append(args) or original(*args, **kw))
+    context = multiprocessing.get_context('fork')
+    queue = context.SimpleQueue()
+
+    def read():
+        torch.set_num_threads(1)  # as in a DataLoader's worker; OpenMP does not survive a fork
+        dataset[0], dataset[1]
+        queue.put(len(opened))
+
+    process = context.Process(target=read, daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and queue.get() == 2
+
+
 def test_a_dataset_in_use_can_be_pickled(shared_data):
     dataset = MTLDataset('test', root=shared_data)
     first = dataset[0]
@@ -169,6 +188,15 @@ def test_a_box_that_leaves_the_picture_becomes_unknown(shared_data):
 
     bbox = MTLDataset('train', shift, root=shared_data)[0][1]
     assert bbox.shape == (4,) and bbox.isnan().all()
+
+
+def test_a_small_box_is_dropped_by_augmentation_alone(data):
+    boxes = table(data, 'train', 'bboxes')
+    boxes[0] = 10, 10, 11, 40
+    with h5py.File(data / 'train' / 'bboxes.h5', 'a') as file:
+        file['bboxes'][...] = boxes
+    assert not MTLDataset('train', root=data)[0][1].isnan().any()
+    assert MTLDataset('train', lambda *parts: parts, root=data)[0][1].isnan().all()
 
 
 def test_augmentation_is_seeded(shared_data):
@@ -242,6 +270,13 @@ def test_a_mask_with_other_values_is_refused(data):
     dataset[1]
     with pytest.raises(InputError, match='masks.h5: sample 2 holds 7'):
         dataset[2]
+
+
+def test_masks_of_0_and_255_are_refused(data):
+    with h5py.File(data / 'train' / 'masks.h5', 'a') as file:
+        file['masks'][...] = file['masks'][()] * 255
+    with pytest.raises(InputError, match='holds 0 and 255 but no 1'):
+        MTLDataset('train', root=data)
 
 
 def test_images_scaled_to_one_are_refused(coursework):

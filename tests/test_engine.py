@@ -100,10 +100,11 @@ def test_a_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
 
 
 def test_the_epoch_with_the_best_validation_dice_is_tested_once(shared_data, tmp_path, monkeypatch):
-    scores, asked, original = iter([0.3, 0.9, 0.5, 0.7]), [], engine.evaluate
+    scores, asked, weights, original = iter([0.3, 0.9, 0.5, 0.7]), [], [], engine.evaluate
 
     def evaluate(model, dataset, *args, **kw):
         asked.append(dataset.dataset.folder.name)
+        weights.append(next(model.parameters()).detach().clone())
         figures = original(model, dataset, *args, **kw)
         return figures | {'dice': next(scores)} if asked[-1] == 'val' else figures
 
@@ -111,6 +112,7 @@ def test_the_epoch_with_the_best_validation_dice_is_tested_once(shared_data, tmp
     metrics = train(shared_data, tmp_path, '--epochs', '4', '--limit-batches', '1')
     assert asked == ['val'] * 4 + ['test']
     assert metrics['best_epoch'] == 2 and metrics['validation']['dice'] == 0.9
+    assert torch.equal(weights[4], weights[1]) and not torch.equal(weights[4], weights[3])
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(shared_data, tmp_path):
@@ -157,8 +159,8 @@ def test_resuming_with_other_options_is_refused_with_the_differences(shared_data
 
 def test_uncertainty_weights_are_optimised(shared_data, tmp_path):
     metrics = train(shared_data, tmp_path, weighting=UncertaintyLoss(MTLNet.tasks))
-    assert set(metrics['task_weights']) == {f'log_variance.{task}' for task in MTLNet.tasks}
-    assert all(abs(value) > 1e-4 for value in metrics['task_weights'].values())
+    assert set(metrics['learned_weighting']) == {f'log_variance.{task}' for task in MTLNet.tasks}
+    assert all(abs(value) > 1e-4 for value in metrics['learned_weighting'].values())
 
 
 def test_the_weights_reach_the_loss(shared_data, tmp_path):
