@@ -25,9 +25,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import synthetic_pets
-from data_rechunk import SPLITS, InputError, open_h5, reason, replacing, run_script, whole_number
+from data_rechunk import (MASK_UNKNOWN, SPLITS, InputError, open_h5, reason, replacing, run_script,
+                          whole_number)
 
-MASK_UNKNOWN = 255  # stored where it is not known whether a pixel shows the pet
 BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
 STEMS = ('images', 'masks', 'bboxes', 'binary', 'breeds', 'names')
 BUFFERED = 64  # samples gathered before they are written

@@ -43,6 +43,8 @@ SHAPES = {
 }
 OPTIONAL = ('breeds',)  # the coursework's copies of the data have no breeds
 
+MASK_UNKNOWN = 255  # stored in a mask where it is not known whether a pixel shows the pet
+
 SLAB_BYTES = 64 << 20  # samples held in memory at a time
 
 

@@ -18,13 +18,12 @@ from torch.utils.data import Dataset
 from torchvision import ops, tv_tensors
 from torchvision.transforms import v2
 
-from data_rechunk import OPTIONAL, SHAPES, InputError, find_dataset, open_h5, reason
+from data_rechunk import MASK_UNKNOWN, OPTIONAL, SHAPES, InputError, find_dataset, open_h5, reason
 
 # Of the training images, per RGB channel, for values in [0, 1].
 MEAN = (0.4773, 0.4458, 0.3949)
 STD = (0.2280, 0.2255, 0.2280)
 
-MASK_UNKNOWN = 255  # as stored; NaN in the tensors
 SPECIES = ('cat', 'dog')
 SMALLEST_BOX = 0.02  # of the image's side; less than that left in the picture is no head any more
 
