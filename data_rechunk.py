@@ -107,13 +107,13 @@ def replacing(path):
         part.unlink(missing_ok=True)
 
 
-def open_h5(path):
-    """Open an HDF5 file for reading; raises InputError where there is none or it is damaged."""
+def open_h5(path, **options):
+    """Open an HDF5 file for reading, with options of h5py.File; raises InputError where there is none or it is damaged."""
     if not os.path.isfile(path):
         found = 'is a folder' if os.path.isdir(path) else 'no such file'
         raise InputError(f'{path}: {found}; data_prepare.py makes it')
     try:
-        return h5py.File(path, 'r')
+        return h5py.File(path, 'r', **options)
     except OSError as error:
         raise InputError(f'{path}: not a sound HDF5 file ({reason(error)}); make it again') from None
 
@@ -209,12 +209,13 @@ def convert(values, dtype):
     return result
 
 
-def write_chunked(source, target_path, dtype):
-    """Copy `source` to a new file at `target_path`, one sample a chunk; return its checksum."""
+def write_chunked(source, target_path, dtype, checksums):
+    """Copy `source` to a new file at `target_path`, one sample a chunk; return its CRC-32."""
     stem = source.name.strip('/').removeprefix('chunked_')
     checksum = 0
     with h5py.File(target_path, 'w', libver='v110') as file:
-        target = file.create_dataset(stem, source.shape, dtype, chunks=target_chunks(source))
+        target = file.create_dataset(stem, source.shape, dtype, chunks=target_chunks(source),
+                                     fletcher32=checksums)
         # The second name for the same data, which the original's data loader asks for.
         file[f'chunked_{stem}'] = target
         for key, value in source.attrs.items():
@@ -255,15 +256,15 @@ def read_checksum(path, stem):
     return checksum
 
 
-def is_rechunked(file, stem):
+def is_rechunked(file, stem, checksums):
     """True if the open file already has both names on the same data in the target layout."""
     if stem not in file or f'chunked_{stem}' not in file or file[stem] != file[f'chunked_{stem}']:
         return False
     dataset = find_dataset(file, f'chunked_{stem}')
-    return dataset.chunks == target_chunks(dataset)
+    return dataset.chunks == target_chunks(dataset) and dataset.fletcher32 >= checksums
 
 
-def rechunk_file(path, force=False):
+def rechunk_file(path, force=False, checksums=False):
     """Rechunk one file, named after its dataset; return the number of samples, None if it was done.
 
     Numbers of another type in images and masks become uint8 if all are whole and from 0 to 255; each
@@ -276,16 +277,16 @@ def rechunk_file(path, force=False):
         key = stem if stem in file else f'chunked_{stem}'
         source = find_dataset(file, key)
         count, stored = len(source), source.dtype
-        if is_rechunked(file, stem) and not force:
+        if is_rechunked(file, stem, checksums) and not force:
             return None
     compact = np.dtype(np.uint8) if len(SHAPES[stem]) == 4 else stored
     with replacing(path) as part:
         try:
             with open_h5(path) as file:
                 try:
-                    checksum = write_chunked(file[key], part, compact)
+                    checksum = write_chunked(file[key], part, compact, checksums)
                 except LossyConversion:
-                    checksum = write_chunked(file[key], part, stored)
+                    checksum = write_chunked(file[key], part, stored, checksums)
             if read_checksum(part, stem) != checksum:
                 raise OSError('what was read back differs from what was written')
         except OSError as error:
@@ -293,7 +294,7 @@ def rechunk_file(path, force=False):
     return count
 
 
-def rechunk(root, force=False):
+def rechunk(root, force=False, checksums=False):
     """Rechunk every file of every split under `root` and print a line for each."""
     root = Path(root)
     splits = [root / split for split in SPLITS if (root / split).is_dir()]
@@ -305,7 +306,7 @@ def rechunk(root, force=False):
             if stem in OPTIONAL and not path.exists():
                 continue
             before, start = path.stat().st_size if path.exists() else 0, time.perf_counter()
-            count = rechunk_file(path, force)
+            count = rechunk_file(path, force, checksums)
             if count is None:
                 print(f'{path}: already rechunked, nothing to do')
                 continue
@@ -320,8 +321,11 @@ def main(argv=None):
     parser.add_argument('--data', default='datasets/data_new', metavar='DIR',
                         help='folder with train/, val/ and test/ (default: %(default)s)')
     parser.add_argument('--force', action='store_true', help='rechunk finished files again')
+    parser.add_argument('--checksums', action='store_true',
+                        help='store a checksum with each chunk (fletcher32): damage is noticed when it is '
+                             'read, and reading takes longer')
     args = parser.parse_args(argv)
-    rechunk(args.data, args.force)
+    rechunk(args.data, args.force, args.checksums)
 
 
 if __name__ == '__main__':

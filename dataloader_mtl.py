@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision import ops, tv_tensors
 from torchvision.transforms import v2
 
@@ -34,13 +34,59 @@ def normalise(image):
     return v2.functional.normalize(image, MEAN, STD)
 
 
+def denormalise(image):
+    """What `normalise` did, undone: float (3, H, W) -> uint8."""
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    return ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def colour_jitter(images, strength):
+    """(N, 3, H, W) float -> the same with a random brightness, contrast and saturation for each image.
+
+    The factors are uniform in 1 +- strength. It is v2.ColorJitter in the order of its arguments and
+    without clamping: then the three are linear in the pixels, one 3 x 3 matrix and one offset for each
+    image, and a batch takes a pass where v2.ColorJitter takes seven of each image.
+    """
+    brightness, contrast, saturation = torch.empty(3, len(images), 1, 1).uniform_(1 - strength, 1 + strength)
+    grey = torch.tensor([[0.2989, 0.587, 0.114]])  # the weights of v2.functional.rgb_to_grayscale
+    matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * grey)
+    offset = brightness * (1 - contrast) * (grey @ images.mean(dim=(2, 3))[..., None])
+    return torch.baddbmm(offset, matrix, images.flatten(2)).view_as(images)
+
+
 def training_transform(height, width):
-    """Joint augmentation of (image, boxes, mask) tv_tensors: flip, scale and crop, colour."""
+    """Joint augmentation of (image, boxes, mask) tv_tensors: flip, scale and crop."""
     return v2.Compose([
         v2.RandomHorizontalFlip(),
         v2.RandomResizedCrop((height, width), scale=(0.4, 1.0), ratio=(0.8, 1.25), antialias=True),
-        v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
     ])
+
+
+class Samples(list):
+    """Samples that are the rows of `batch`, a tuple of four tensors."""
+
+
+def collate(samples):
+    """A DataLoader's collate_fn that takes a batch of MTLDataset as it is, instead of copying it."""
+    return samples.batch if isinstance(samples, Samples) else default_collate(samples)
+
+
+class SampleReader:
+    """Reads the samples of one dataset of an HDF5 file that stores each as one chunk."""
+
+    def __init__(self, path, key):
+        # Without a chunk cache, a chunk goes straight to the array that asks for it.
+        file = open_h5(path, rdcc_nbytes=0)
+        self.dataset = file[key]
+        self.shape, self.dtype = (1, *self.dataset.shape[1:]), self.dataset.dtype
+        # Made once: they cost as much as the reading when h5py makes them for each sample.
+        self.source, self.target = self.dataset.id.get_space(), h5py.h5s.create_simple(self.shape)
+
+    def read(self, index):
+        sample = np.empty(self.shape, self.dtype)
+        self.source.select_hyperslab((index, 0, 0, 0), self.shape)
+        self.dataset.id.read(self.target, self.source, sample)
+        return sample[0]
 
 
 class MTLDataset(Dataset):
@@ -48,9 +94,10 @@ class MTLDataset(Dataset):
 
     Args:
         type: the split, 'train', 'val' or 'test'.
-        transform: called with (Image (3,H,W) uint8, BoundingBoxes (1,4) or (0,4) in pixels, Mask
-            (1,H,W) uint8 with 255 for unknown) and returning the same; `training_transform` is one.
-            Normalisation comes after it and does not depend on it.
+        transform: called with (Image (3,H,W) uint8, BoundingBoxes (1,4) in pixels, Mask (1,H,W) uint8
+            with 255 for pixels not known) and returning the same; a box or mask that is not known has
+            0 in place of 1. `training_transform` is one. Normalisation does not depend on it.
+        jitter: strength of `colour_jitter` after the transform.
         root: the folder with train/, val/ and test/.
         label: 'breed' (breeds.h5), 'species' (binary.h5) or 'auto': the breed where it is there.
 
@@ -70,9 +117,9 @@ class MTLDataset(Dataset):
     spawned. Raises InputError for files that are missing, damaged or do not belong together.
     """
 
-    def __init__(self, type='train', transform=None, root='datasets/data_new', label='auto'):
+    def __init__(self, type='train', transform=None, root='datasets/data_new', label='auto', jitter=0):
         self.folder = Path(root) / type
-        self.transform = transform
+        self.transform, self.jitter = transform, jitter
         self._files, self._pid = {}, None
         self._check_files()
         species = self._read_labels('binary', len(SPECIES))
@@ -96,23 +143,43 @@ class MTLDataset(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index):
-        image, mask = self._read('images', index), self._read('masks', index)
-        image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
+        return self.__getitems__([range(len(self))[index]])[0]
+
+    def __getitems__(self, indices):
+        """The samples at `indices`, which a DataLoader asks for at once, normalised together."""
+        images, boxes, masks = zip(*(self._transformed(index) for index in indices))
+        height, width = images[0].shape[-2:]
+        images = v2.functional.to_dtype(torch.stack(images), torch.float32, scale=True)
+        if self.jitter:
+            images = colour_jitter(images, self.jitter)
+        batch = (
+            v2.functional.normalize(images, MEAN, STD, inplace=True),
+            torch.stack([self._relative_box(each, height, width) for each in boxes]),
+            torch.from_numpy(self.labels[indices]),
+            torch.full((len(indices), 1, height, width), torch.nan),
+        )
+        for target, mask in zip(batch[3], masks):
+            if len(mask):
+                target.copy_(mask).masked_fill_(mask == MASK_UNKNOWN, torch.nan)
+        samples = Samples(zip(*batch))
+        samples.batch = batch
+        return samples
+
+    def _transformed(self, index):
+        """The image, boxes and mask of a sample as the transform returns them, as plain tensors."""
+        image = torch.from_numpy(self._read('images', index)).permute(2, 0, 1)
         if image.is_floating_point():
             image = image / 255  # stored as 0-255 whatever the type; torchvision's floats are 0-1
-        mask = tv_tensors.Mask(torch.from_numpy(mask).permute(2, 0, 1))
-        bbox = torch.from_numpy(self.bboxes[index])
-        boxes = tv_tensors.BoundingBoxes(
-            bbox[None][:int(self.labelled['box'][index])], format='XYXY', canvas_size=self.image_size
-        )
-        if self.transform is not None:
-            image, boxes, mask = self.transform(image, boxes, mask)
-        return (
-            normalise(image).as_subclass(torch.Tensor).contiguous(),
-            self._relative_box(boxes, *image.shape[-2:]),
-            torch.tensor(int(self.labels[index])),
-            self._float_mask(mask.as_subclass(torch.Tensor), index),
-        )
+        bbox = torch.from_numpy(self.bboxes[index])[None][:int(self.labelled['box'][index])]
+        if self.labelled['mask'][index]:
+            mask = torch.from_numpy(self._read('masks', index)).permute(2, 0, 1)
+        else:
+            mask = torch.empty((0, *self.image_size), dtype=torch.uint8)
+        if self.transform is None:
+            return image, bbox, mask
+        boxes = tv_tensors.BoundingBoxes(bbox, format='XYXY', canvas_size=self.image_size)
+        parts = self.transform(tv_tensors.Image(image), boxes, tv_tensors.Mask(mask))
+        return tuple(part.as_subclass(torch.Tensor) for part in parts)
 
     def with_labels(self, tasks):
         """Indices (list of int) of the samples that have a label for at least one of `tasks`."""
@@ -127,29 +194,23 @@ class MTLDataset(Dataset):
         return self.folder / f'{stem}.h5'
 
     def _read(self, stem, index):
+        """One stored image or mask, (H, W, channels), as an array of its own."""
         if self._pid != os.getpid():  # first use, or a forked worker, which must not share handles
             self._files, self._pid = {}, os.getpid()
         if stem not in self._files:
-            self._files[stem] = open_h5(self._path(stem))[f'chunked_{stem}']
+            self._files[stem] = SampleReader(self._path(stem), f'chunked_{stem}')
         try:
-            return self._files[stem][index]
+            return self._files[stem].read(index)
         except OSError as error:
             raise InputError(f'{self._path(stem)}: sample {index} is damaged ({reason(error)}); '
                              'make the file again') from None
 
-    def _relative_box(self, boxes, height, width):
-        boxes = boxes.as_subclass(torch.Tensor).float() / torch.tensor([width, height, width, height])
-        boxes = boxes.clamp(0, 1)
+    def _relative_box(self, bbox, height, width):
+        """(0 or 1, 4) in pixels -> (4,) in [0, 1], NaN if there is none."""
+        bbox = (bbox.float() / torch.tensor([width, height, width, height])).clamp_(0, 1)
         if self.transform is not None:
-            boxes = boxes[ops.remove_small_boxes(boxes, SMALLEST_BOX)]
-        return boxes[0] if len(boxes) else torch.full((4,), torch.nan)
-
-    def _float_mask(self, mask, index):
-        unknown = mask == MASK_UNKNOWN
-        if (mask[~unknown] > 1).any():
-            raise InputError(f'{self._path("masks")}: sample {index} holds {mask[~unknown].max()}; '
-                             'a mask holds 0, 1 and 255 for unknown')
-        return mask.float().masked_fill_(unknown, torch.nan)
+            bbox = bbox[ops.remove_small_boxes(bbox, SMALLEST_BOX)]
+        return bbox[0] if len(bbox) else torch.full((4,), torch.nan)
 
     # ---- the check at the door
 
@@ -223,17 +284,14 @@ class MTLDataset(Dataset):
     def _masks_known(self):
         """(N,) bool: whether any pixel of the mask is known."""
         path = self._path('masks')
-        known, pet, unknown = np.empty(len(self), bool), False, False
-        with open_h5(path) as file:
-            masks = file['chunked_masks']
-            try:
-                for index in range(len(masks)):
-                    mask = masks[index]
-                    known[index] = (mask != MASK_UNKNOWN).any()
-                    pet, unknown = pet or (mask == 1).any(), unknown or (mask == MASK_UNKNOWN).any()
-            except OSError as error:
-                raise InputError(f'{path}: sample {index} is damaged ({reason(error)}); '
-                                 'make the file again') from None
-        if unknown and known.any() and not pet:
+        known, counts = np.empty(len(self), bool), np.zeros(256, np.int64)
+        for index in range(len(self)):
+            values = np.bincount(self._read('masks', index).ravel(), minlength=256)
+            if values[2:MASK_UNKNOWN].any():
+                raise InputError(f'{path}: sample {index} holds {2 + values[2:].nonzero()[0][0]}; a mask '
+                                 f'holds 0, 1 and {MASK_UNKNOWN} for unknown')
+            known[index] = values[:2].any()
+            counts += values
+        if counts[MASK_UNKNOWN] and counts[0] and not counts[1]:
             raise InputError(f'{path}: holds 0 and 255 but no 1; 255 means not known, the pet is 1')
         return known

@@ -14,19 +14,24 @@ import csv
 import ctypes
 import json
 import math
+import os
 import pickle
 import platform
 import random
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -34,10 +39,12 @@ from tqdm import tqdm
 import models
 import utils
 from data_rechunk import InputError, reason, replacing, whole_number
-from dataloader_mtl import MTLDataset, training_transform
+from dataloader_mtl import MTLDataset, collate, training_transform
 
 MODEL_FORMAT = 'segmentation-mtl model 1'
 TRAINING_FORMAT = 'segmentation-mtl training 1'
+
+JITTER = 0.3  # of colour in training
 
 class Task(NamedTuple):
     field: str  # of models.Outputs: the prediction
@@ -112,7 +119,7 @@ def choose_device(name):
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
     elif name == 'cuda' and not torch.cuda.is_available():
         raise InputError('--device cuda: torch finds no CUDA device here; use --device cpu')
-    return torch.device(name)
+    return torch.device(name, torch.cuda.current_device()) if name == 'cuda' else torch.device(name)
 
 
 def has_fast_bfloat16(device):
@@ -134,6 +141,56 @@ def keep_freed_memory():
         return
     mallopt(-4, 0)  # M_MMAP_MAX: no mapping for a single allocation
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
+
+
+# ---- several processes: torchrun --nproc-per-node N train_mtl.py
+
+
+@contextmanager
+def process_group(device_name):
+    """Join the other processes that torchrun started, if it did."""
+    if 'RANK' not in os.environ:
+        yield
+        return
+    cuda = device_name != 'cpu' and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    else:  # torchrun asks for a single thread, however many cores there are
+        torch.set_num_threads(max(1, available_cores() // int(os.environ['LOCAL_WORLD_SIZE'])))
+    dist.init_process_group('nccl' if cuda else 'gloo')
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def available_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def rank_and_size():
+    """Which process this is, from 0, and of how many, as torchrun says it."""
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+
+def is_first_process():
+    """Whether this process is the one that prints and writes."""
+    return rank_and_size()[0] == 0
+
+
+def say(line):
+    """Print a line once, however many processes there are."""
+    if is_first_process():
+        print(line, flush=True)
+
+
+def gathered(value):
+    """The `value` of every process, in the order of their ranks."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 # ---- data
@@ -166,6 +223,17 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+def batches_of(order, batch_size):
+    """This process's shares of the batches of `order`, which is the same in every process.
+
+    Each sample comes once over all processes. Batches have `batch_size` samples over all processes or
+    a few less, so that none is much smaller than the others.
+    """
+    rank, size = rank_and_size()
+    batches = torch.as_tensor(order).tensor_split(math.ceil(len(order) / batch_size))
+    return [batch[rank::size].tolist() for batch in batches]
+
+
 # ---- one epoch
 
 
@@ -187,6 +255,26 @@ def task_losses(outputs, batch):
     return losses
 
 
+class Objective(nn.Module):
+    """A network and its weighting: a batch -> (total loss, losses of `task_losses`).
+
+    One module, so that several processes average the gradients of both.
+    """
+
+    def __init__(self, model, weighting, bfloat16):
+        super().__init__()
+        self.model, self.weighting, self.bfloat16 = model, weighting, bfloat16
+
+    def forward(self, batch):
+        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=self.bfloat16):
+            outputs, batch = forward(self.model, batch)
+        losses = task_losses(outputs, batch)
+        if losses:
+            return self.weighting({task: loss for task, (loss, _) in losses.items()}), losses
+        # A crop can take the only label of a small batch: nothing to learn, in a graph all the same.
+        return sum(0 * output.sum() for output in outputs if output is not None), losses
+
+
 class Means:
     """The mean of each task's loss over the samples that have its label, however they are batched."""
 
@@ -199,32 +287,31 @@ class Means:
             self.counts[task] += count
 
     def result(self):
-        return {f'loss_{task}': self.sums[task] / self.counts[task] for task in TASKS if task in self.sums}
+        """{'loss_<task>': mean} over all processes."""
+        parts = gathered((self.sums, self.counts))
+        sums, counts = ({task: sum(part[i][task] for part in parts) for task in TASKS} for i in (0, 1))
+        return {f'loss_{task}': sums[task] / counts[task] for task in TASKS if counts[task]}
 
 
 def train_one_epoch(run, loader, description):
     """One pass over `loader`; returns {'loss_<task>': mean over the samples that have the label}."""
     run.model.train()
     means, seen = Means(), 0
-    bar = tqdm(total=len(loader.dataset), desc=description, unit='img', leave=False, disable=None)
-    with bar:
+    total_samples = sum(map(len, loader.batch_sampler))
+    with tqdm(total=total_samples, desc=description, unit='img', leave=False, disable=None if is_first_process() else True) as bar:
         for batch in loader:
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
-                outputs, batch = forward(run.model, to_device(batch, run.device))
-            losses = task_losses(outputs, batch)
-            if losses:  # a crop can take the only label of a small batch
-                total = run.weighting({task: loss for task, (loss, _) in losses.items()})
-                require_finite(total, losses)
-                run.optimizer.zero_grad()
-                total.backward()
-                run.optimizer.step()
-                run.average.update_parameters(run.model)
-                means.add(losses)
-                bar.set_postfix(loss=f'{total.item():.3f}', refresh=False)
+            total, losses = run.objective(to_device(batch, run.device))
+            require_finite(total, losses)
+            run.optimizer.zero_grad()
+            total.backward()
+            run.optimizer.step()
             run.schedule.step()
+            run.average.update_parameters(run.model)
+            means.add(losses)
             seen += len(batch[0])
+            bar.set_postfix(loss=f'{total.item():.3f}', refresh=False)
             bar.update(len(batch[0]))
-    assert seen == len(loader.dataset), 'the loader must give each sample once'
+    assert seen == total_samples, 'the loader must give each sample once'
     return means.result()
 
 
@@ -236,29 +323,33 @@ def require_finite(total, losses):
 
 
 @torch.inference_mode()
-def evaluate(model, dataset, device, batch_size=32, workers=0):
+def evaluate(model, dataset, device, batch_size=32, workers=0, bfloat16=False):
     """The figures of `model` on `dataset`, each a mean over the samples that have the label.
 
-    Computed in float32 and evaluation mode; the model's mode is restored. Returns a dict of float
-    with the keys of METRICS and 'loss_<task>', without those of tasks that the network does not have
-    or for which no sample has a label.
+    Computed in evaluation mode; the model's mode is restored. Several processes share the samples and
+    all return the figures over all of them. Returns a dict of float with the keys of METRICS and
+    'loss_<task>', without those of tasks that the network does not have or for which no sample has a
+    label.
     """
     was_training = model.training
     model.eval()
-    values, means, seen = defaultdict(list), Means(), 0
-    for batch in DataLoader(dataset, batch_size, num_workers=workers):
-        outputs, batch = forward(model, to_device(batch, device))
+    values, means, seen = {name: [] for name in METRICS}, Means(), 0
+    batches = filter(None, batches_of(range(len(dataset)), batch_size))
+    for batch in DataLoader(dataset, batch_sampler=list(batches), num_workers=workers, collate_fn=collate):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            outputs, batch = forward(model, to_device(batch, device))
         for name, metric in METRICS.items():
             task = TASKS[metric.task]
             prediction = getattr(outputs, task.field)
             if prediction is not None:
-                values[name].append(metric.values(prediction, batch[task.position], reduction='none'))
+                values[name] += metric.values(prediction, batch[task.position], reduction='none').tolist()
         means.add(task_losses(outputs, batch))
         seen += len(batch[0])
     model.train(was_training)
-    assert seen == len(dataset), 'the loader must give each sample once'
-    figures = {name: torch.cat(parts) for name, parts in values.items()}
-    return {name: each.mean().item() for name, each in figures.items() if len(each)} | means.result()
+    assert sum(gathered(seen)) == len(dataset), 'the loader must give each sample once'
+    # An exact sum, which does not depend on who computed which sample.
+    figures = {name: [value for part in gathered(own) for value in part] for name, own in values.items()}
+    return {name: math.fsum(each) / len(each) for name, each in figures.items() if each} | means.result()
 
 
 def report(title, figures):
@@ -343,10 +434,15 @@ class Run:
         model = network(**network_arguments(network, dataset))
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.weighting = weighting.to(self.device)
+        self.objective = Objective(self.model, self.weighting, self.bfloat16)
+        if dist.is_initialized():
+            # A batch without masks leaves the decoder without gradients.
+            self.objective = DistributedDataParallel(self.objective, find_unused_parameters=True)
         matrices = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1] + list(weighting.parameters())
         self.optimizer = torch.optim.AdamW(
-            [{'params': matrices, 'weight_decay': 0.05}, {'params': others, 'weight_decay': 0}], args.lr
+            [{'params': matrices, 'weight_decay': 0.05}, {'params': others, 'weight_decay': 0}], args.lr,
+            fused=True,
         )
         # Warm-up and annealing in one cycle (Smith and Topin 2018).
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -377,8 +473,16 @@ class Run:
         self.history, self.best = content['history'], content['best']
 
 
-def train(network, weighting, args):
-    """Train `network` with `weighting`, test its best epoch once; returns metrics.json's content."""
+def train(network, weighting, args, after_epoch=None):
+    """Train `network` with `weighting`, test its best epoch once; returns metrics.json's content.
+
+    `after_epoch(row, model)`, if given, is called with each new row of log.csv and the averaged model.
+    """
+    with process_group(args.device):
+        return train_in_group(network, weighting, args, after_epoch)
+
+
+def train_in_group(network, weighting, args, after_epoch):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
@@ -388,7 +492,12 @@ def train(network, weighting, args):
         load_split(args, split, network.tasks) for split in ('val', 'test')
     )
     belong_together(train_set, val_set, test_set)
-    steps = -(-len(train_part) // args.batch_size)
+    train_set.jitter = JITTER
+    rank, processes = rank_and_size()
+    if min(args.batch_size, len(train_part)) < processes:
+        raise InputError(f'batches of {args.batch_size} from {len(train_part)} photographs cannot be '
+                         f'shared by {processes} processes; start fewer')
+    steps = math.ceil(len(train_part) / args.batch_size)
     run = Run(network, weighting, train_set, steps * args.epochs, args)
     config = {
         'network': network.__name__,
@@ -396,6 +505,7 @@ def train(network, weighting, args):
         'weights': {task: round(weight, 4) for task, weight in getattr(weighting, 'weights', {}).items()},
         'precision': 'bfloat16' if run.bfloat16 else 'float32',
         'device': run.device.type,
+        'processes': processes,
         'train_samples': len(train_part),
         'preparation': train_set.preparation,
         **{name: getattr(args, name)
@@ -403,19 +513,22 @@ def train(network, weighting, args):
     }
     if args.resume:
         run.restore(out / 'last.pt', config)
-    print(', '.join(f'{name} {value}' for name, value in config.items()))
+    say(', '.join(f'{name} {value}' for name, value in config.items()))
 
     for epoch in range(len(run.history) + 1, args.epochs + 1):
         # Seeded anew for each epoch, so that a resumed run draws what the uninterrupted one drew.
-        seed_everything(args.seed * 100_003 + epoch)
+        seed = args.seed * 100_003 + epoch
+        seed_everything(seed * processes + rank)
         train_set.transform = training_transform(*training_size(epoch, args.epochs, train_set.image_size))
-        order = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
-        loader = DataLoader(train_part, args.batch_size, shuffle=True, generator=order,
-                            num_workers=args.workers, pin_memory=run.device.type == 'cuda')
+        order = torch.randperm(len(train_part), generator=torch.Generator().manual_seed(seed))
+        loader = DataLoader(train_part, batch_sampler=batches_of(order, args.batch_size),
+                            num_workers=args.workers, pin_memory=run.device.type == 'cuda',
+                            collate_fn=collate)
         start = time.perf_counter()
         losses = train_one_epoch(run, loader, f'epoch {epoch}/{args.epochs}')
         seconds = time.perf_counter() - start
-        figures = evaluate(run.average.module, val_part, run.device, workers=args.workers)
+        figures = evaluate(run.average.module, val_part, run.device, workers=args.workers,
+                           bfloat16=run.bfloat16)
         row = {
             'epoch': epoch,
             'lr': run.schedule.get_last_lr()[0],
@@ -427,18 +540,22 @@ def train(network, weighting, args):
         }
         run.history.append(row)
         # Where no validation photograph has a mask, the last epoch is the best.
-        if run.best is None or not row.get('val_dice', math.nan) <= run.best.get('val_dice', math.nan):
+        is_best = run.best is None or not row.get('val_dice', math.nan) <= run.best.get('val_dice', math.nan)
+        if is_best:
             run.best = row
-            save(model_content(network, run.average.module, train_set), out / 'best.pt')
-        save(run.state(config), out / 'last.pt')
-        write_log(run.history, out / 'log.csv')
-        draw_curves(run.history, out / 'curves.png')
-        print(epoch_line(row, args.epochs), flush=True)
+        if is_first_process():
+            if is_best:
+                save(model_content(network, run.average.module, train_set), out / 'best.pt')
+            save(run.state(config), out / 'last.pt')
+            write_log(run.history, out / 'log.csv')
+            draw_curves(run.history, out / 'curves.png')
+        say(epoch_line(row, args.epochs))
+        if after_epoch:
+            after_epoch(row, run.average.module)
 
+    gathered(None)  # the others wait here until best.pt is written
     model = load_model(out / 'best.pt', run.device)
     test = evaluate(model, test_part, run.device, workers=args.workers)
-    chosen = 'best validation Dice' if 'val_dice' in run.best else 'the last, without validation masks'
-    report(f'Test, epoch {run.best["epoch"]} of {args.epochs} ({chosen})', test)
     metrics = {
         'test': test,
         'validation': {name.removeprefix('val_'): value for name, value in run.best.items()
@@ -455,9 +572,12 @@ def train(network, weighting, args):
                      'numpy': np.__version__},
         'machine': {'processor': platform.machine(), 'threads': torch.get_num_threads()},
     }
-    with replacing(out / 'metrics.json') as part:
-        part.write_text(json.dumps(metrics, indent=2) + '\n')
-    print(f'written to {out}')
+    if is_first_process():
+        chosen = 'best validation Dice' if 'val_dice' in run.best else 'the last, without validation masks'
+        report(f'Test, epoch {run.best["epoch"]} of {args.epochs} ({chosen})', test)
+        with replacing(out / 'metrics.json') as part:
+            part.write_text(json.dumps(metrics, indent=2) + '\n')
+        print(f'written to {out}')
     return metrics
 
 

@@ -88,33 +88,35 @@ class MaskDecoder(nn.Module):
 
 
 class ClassHead(nn.Module):
-    """(N, C, h, w) -> class logits (N, n_classes)."""
+    """Encoder features -> class logits (N, n_classes)."""
 
     def __init__(self, n_classes):
         super().__init__()
-        self.features = conv_bn_relu(CHANNELS[-1], 2 * CHANNELS[-1])
+        self.features = conv_bn_relu(CHANNELS[-1], 2 * CHANNELS[-1], kernel=1)
         self.dropout = nn.Dropout(0.3)  # a module, so that eval() switches it off
         self.logits = nn.Linear(2 * CHANNELS[-1], n_classes)
 
-    def forward(self, x):
-        return self.logits(self.dropout(self.features(x).mean(dim=(2, 3))))
+    def forward(self, features):
+        return self.logits(self.dropout(self.features(features[-1]).mean(dim=(2, 3))))
 
 
 class BoxHead(nn.Module):
-    """(N, C, h, w) -> boxes (N, 4), ordered and in [0, 1] by construction.
+    """Encoder features -> boxes (N, 4), ordered and in [0, 1] by construction.
 
-    Two maps of logits, one for each of two opposite corners; a corner is the mean position under the
-    softmax of its map (integral regression: Sun et al., ECCV 2018). The position of a cell runs from
-    0 at the first to 1 at the last, so a corner can lie on the border, and never outside.
+    Two maps of logits at /16, one for each of two opposite corners; a corner is the mean position
+    under the softmax of its map (integral regression: Sun et al., ECCV 2018). The position of a cell
+    runs from 0 at the first to 1 at the last, so a corner can lie on the border, and never outside.
     """
 
     def __init__(self):
         super().__init__()
-        self.corners = nn.Sequential(
-            conv_bn_relu(CHANNELS[-1], CHANNELS[-1] // 2), nn.Conv2d(CHANNELS[-1] // 2, 2, 1)
-        )
+        channels = CHANNELS[-1] // 2
+        self.fine, self.coarse = (nn.Conv2d(c, channels, 1) for c in CHANNELS[-2:])
+        self.corners = nn.Sequential(conv_bn_relu(channels, channels), nn.Conv2d(channels, 2, 1))
 
-    def forward(self, x):
+    def forward(self, features):
+        fine, coarse = self.fine(features[-2]), self.coarse(features[-1])
+        x = fine + F.interpolate(coarse, size=fine.shape[-2:], mode='nearest')
         maps = self.corners(x).float()  # (N, 2, h, w)
         weights = maps.flatten(2).softmax(dim=2).view_as(maps)
         # Products and sums, not matrix products, which autocast would round to bfloat16.
@@ -123,6 +125,14 @@ class BoxHead(nn.Module):
         corners = torch.stack([x, y], dim=2)  # x and y (N, 2 corners) -> (N, 2 corners, 2 coordinates)
         # Sums of softmax weights can exceed 1 by a rounding error.
         return torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1).clamp(0, 1)
+
+
+def rows_of(x, chosen):
+    """x[chosen] for a bool tensor (N,), whose gradient is channels_last like x.
+
+    That of x[chosen] is NCHW, and each operation that meets both layouts is twenty times slower.
+    """
+    return x.permute(0, 2, 3, 1)[chosen].permute(0, 3, 1, 2)
 
 
 class SharedEncoderNet(nn.Module):
@@ -148,11 +158,11 @@ class SharedEncoderNet(nn.Module):
         features = self.encoder(x)
         label = mask = bbox = None
         if self.class_head is not None:
-            label = self.class_head(features[-1])
+            label = self.class_head(features)
         if self.box_head is not None:
-            bbox = self.box_head(features[-1])
+            bbox = self.box_head(features)
         if self.decoder is not None and (decode is None or decode.any()):
-            chosen = features if decode is None else [level[decode] for level in features]
+            chosen = features if decode is None else [rows_of(level, decode) for level in features]
             mask = self.decoder(chosen, size)
         return Outputs(label, mask, bbox)
 

@@ -26,7 +26,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from data_prepare import Unreadable, read_photograph, to_rgb
 from data_rechunk import InputError, replacing, run_script, whole_number
-from dataloader_mtl import MEAN, STD, MTLDataset, normalise
+from dataloader_mtl import MTLDataset, denormalise, normalise
 from engine import load_model
 
 PREDICTED, TARGET = '#ff3b30', '#34c759'  # red and green
@@ -145,12 +145,6 @@ def draw_test_pets(model, root, count, seed, out):
         rows.append(row)
     save_picture(rows, out)
     print(f'{out}: {len(rows)} test pets; boxes: target green, prediction red')
-
-
-def denormalise(image):
-    """What `normalise` did, undone: float (3, H, W) -> uint8."""
-    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-    return ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def draw_photographs(model, paths, masks_folder, out):

@@ -43,11 +43,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     root, resume, rows = Path(args.out), args.resume, {}
     for name in (args.only,) if args.only else NAMES:
-        print(f'---- {name}')
+        engine.say(f'---- {name}')
         args.out = root / name
         args.resume = resume and (args.out / 'last.pt').exists()
         rows[name] = engine.train(MTLNet, weighting(name), args)
-    print_table(rows)
+    if engine.is_first_process():
+        print_table(rows)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Train the multi-task network: mask, class and head box from one shared encoder.
 
     python train_mtl.py
+    torchrun --nproc-per-node 2 train_mtl.py     # data-parallel, in two processes
 
 Prints a line an epoch and, at the end, the test figures of the epoch with the best validation Dice.
 Writes the run to runs/mtl/ and the model that mtl_vis.py needs to mtl_model.pt.
@@ -21,9 +22,10 @@ def main(argv=None):
                         help='where the trained model goes (default: %(default)s)')
     args = parser.parse_args(argv)
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
-    with replacing(args.model) as part:
-        shutil.copyfile(Path(args.out) / 'best.pt', part)
-    print(f'model written to {args.model}; next: python mtl_vis.py --data {args.data} --model {args.model}')
+    if engine.is_first_process():
+        with replacing(args.model) as part:
+            shutil.copyfile(Path(args.out) / 'best.pt', part)
+        print(f'model written to {args.model}; next: python mtl_vis.py --data {args.data} --model {args.model}')
 
 
 if __name__ == '__main__':

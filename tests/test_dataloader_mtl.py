@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import data_rechunk
 from data_rechunk import InputError
-from dataloader_mtl import MEAN, STD, MTLDataset, training_transform
+from dataloader_mtl import MEAN, STD, MTLDataset, collate, colour_jitter, training_transform
 
 
 def table(root, split, stem):
@@ -114,10 +115,11 @@ def test_oblong_boxes_are_relative_to_their_own_side(coursework):
 
 def test_files_are_opened_once_in_a_process(shared_data, monkeypatch):
     dataset, opened, original = MTLDataset('train', root=shared_data), [], h5py.File
+    dataset[0]
     monkeypatch.setattr(h5py, 'File', lambda *args, **kw: opened.append(args) or original(*args, **kw))
     for index in range(20):
         dataset[index]
-    assert len(opened) == 2
+    assert not opened
 
 
 @pytest.mark.parametrize('method', ['fork', 'spawn'])
@@ -199,6 +201,51 @@ def test_a_small_box_is_dropped_by_augmentation_alone(data):
     assert MTLDataset('train', lambda *parts: parts, root=data)[0][1].isnan().all()
 
 
+def test_samples_read_together_are_those_read_alone(data):
+    masks, boxes = table(data, 'train', 'masks'), table(data, 'train', 'bboxes')
+    masks[2], masks[5, :9], boxes[4] = 255, 255, np.nan
+    for stem, values in ('masks', masks), ('bboxes', boxes), ('images', table(data, 'train', 'images')), (
+            'binary', table(data, 'train', 'binary')):
+        change(data, stem, values)
+    (data / 'train' / 'breeds.h5').unlink()
+    dataset = MTLDataset('train', root=data)
+    indices = [5, 2, 30, 4, 0]
+    batches = [dataset.__getitems__(indices), next(iter(DataLoader(dataset, batch_sampler=[indices]))),
+               next(iter(DataLoader(dataset, batch_sampler=[indices], collate_fn=collate)))]
+    batches[0] = batches[0].batch
+    for batch in batches:
+        for position, index in enumerate(indices):
+            for one, two in zip(dataset[index], batch):
+                assert torch.equal(one.nan_to_num(-1), two[position].nan_to_num(-1))
+
+
+def test_an_index_counts_from_the_end_or_is_refused(shared_data):
+    dataset = MTLDataset('test', root=shared_data)
+    assert all(torch.equal(one, two) for one, two in zip(dataset[-1], dataset[len(dataset) - 1]))
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_colour_jitter_is_that_of_torchvision_for_each_image_alone():
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 8, 10) * 0.3 + 0.3  # far from the ends, where torchvision cuts off
+    torch.manual_seed(1)
+    found = colour_jitter(images, 0.2)
+    torch.manual_seed(1)
+    factors = torch.empty(3, 4).uniform_(0.8, 1.2)
+    assert factors.std(dim=1).min() > 0.01
+    for image, changed, (brightness, contrast, saturation) in zip(images, found, factors.T.tolist()):
+        expected = v2.functional.adjust_brightness(image, brightness)
+        expected = v2.functional.adjust_contrast(expected, contrast)
+        torch.testing.assert_close(changed, v2.functional.adjust_saturation(expected, saturation),
+                                   atol=1e-4, rtol=1e-4)
+
+
+def test_jitter_reaches_the_samples(shared_data):
+    plain, changed = (MTLDataset('test', root=shared_data, jitter=jitter)[0][0] for jitter in (0, 0.3))
+    assert not torch.allclose(plain, changed, atol=0.01)
+
+
 def test_augmentation_is_seeded(shared_data):
     dataset = MTLDataset('train', training_transform(64, 64), root=shared_data)
     samples = []
@@ -266,10 +313,8 @@ def test_a_breed_out_of_range_is_refused(data):
 def test_a_mask_with_other_values_is_refused(data):
     with h5py.File(data / 'train' / 'masks.h5', 'a') as file:
         file['masks'][2, 5, 5] = 7
-    dataset = MTLDataset('train', root=data)
-    dataset[1]
     with pytest.raises(InputError, match='masks.h5: sample 2 holds 7'):
-        dataset[2]
+        MTLDataset('train', root=data)
 
 
 def test_masks_of_0_and_255_are_refused(data):

@@ -3,13 +3,17 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import Subset
 
+import data_rechunk
 import engine
 import train_mtl
 from data_rechunk import InputError
@@ -18,9 +22,12 @@ from models import MTLNet, Outputs, UNet
 from utils import UncertaintyLoss, WeightedLoss
 
 
+def arguments_of(data, out, *more):
+    return ['--data', str(data), '--out', str(out), '--epochs', '2', '--workers', '0', *more]
+
+
 def arguments(data, out, *more):
-    options = ('--data', str(data), '--out', str(out), '--epochs', '2', '--workers', '0', *more)
-    return engine.training_parser('', out='').parse_args(options)
+    return engine.training_parser('', out='').parse_args(arguments_of(data, out, *more))
 
 
 def train(data, out, *more, network=MTLNet, weighting=None):
@@ -174,6 +181,42 @@ def test_the_weights_reach_the_loss(shared_data, tmp_path):
         assert moved == (not name.startswith('box_head')), name
 
 
+@pytest.mark.parametrize('size', [1, 2, 3])
+@pytest.mark.parametrize('count, batch_size', [(36, 16), (37, 5), (16, 16), (7, 4)])
+def test_processes_share_each_batch_and_give_each_sample_once(monkeypatch, size, count, batch_size):
+    order, shares = torch.randperm(count), []
+    for rank in range(size):
+        monkeypatch.setattr(engine, 'rank_and_size', lambda: (rank, size))
+        shares.append(engine.batches_of(order, batch_size))
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(count))
+    assert len({len(share) for share in shares}) == 1
+    totals = [sum(map(len, batches)) for batches in zip(*shares)]
+    assert max(totals) <= batch_size and max(totals) - min(totals) <= 1
+
+
+def test_two_processes_train_one_model_and_get_the_figures_of_one(shared_data, tmp_path):
+    """Through torchrun, with losses whose weights are learned: both processes must agree on them too."""
+    out = tmp_path / 'run'
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+               str(Path(engine.__file__).with_name('oeq_weighting.py')), '--only', 'uncertainty',
+               *arguments_of(shared_data, out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    out = out / 'uncertainty'
+    assert done.stdout.count('epoch 2/2') == done.stdout.count('Dice Score - Segmentation') == 1
+    metrics = json.loads((out / 'metrics.json').read_text())
+    assert metrics['config']['processes'] == 2
+    dataset = Subset(MTLDataset('test', root=shared_data), range(12))
+    alone = engine.evaluate(engine.load_model(out / 'best.pt'), dataset, torch.device('cpu'))
+    assert metrics['test'] == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_batch_for_fewer_samples_than_processes_is_refused(shared_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, 'rank_and_size', lambda: (0, 4))
+    with pytest.raises(InputError, match='cannot be shared by 4 processes'):
+        train(shared_data, tmp_path, '--batch-size', '3')
+
+
 def test_photographs_without_a_label_for_the_network_are_not_used(data, tmp_path):
     dataset = MTLDataset('train', root=data)
     dataset.labelled['mask'][:30] = False
@@ -243,15 +286,18 @@ def test_bad_data_stops_training_with_one_line(data, tmp_path, fails, spoil, mes
 
 
 def test_damage_found_by_a_worker_is_one_line_too(data, tmp_path, fails):
-    import h5py
-    with h5py.File(data / 'train' / 'masks.h5', 'a') as file:
-        file['masks'][2, 5, 5] = 7
+    path = data / 'train' / 'images.h5'
+    data_rechunk.rechunk_file(path, checksums=True)
+    with h5py.File(path) as file:
+        offset = file['images'].id.get_chunk_info(7).byte_offset
+    with open(path, 'r+b') as file:
+        file.seek(offset + 100)
+        file.write(b'damaged')
     line = fails(train_mtl.main, '--data', data, '--out', tmp_path / 'run', '--workers', '1')
-    assert line.startswith('error: /') and 'sample 2 holds 7' in line
+    assert line.startswith('error: /') and 'sample 7 is damaged' in line
 
 
 def test_splits_of_two_preparations_are_refused(data, tmp_path, fails):
-    import h5py
     for path in (data / 'test').glob('*.h5'):
         with h5py.File(path, 'a') as file:
             file[path.stem].attrs['preparation'] = 'another'
@@ -286,7 +332,6 @@ def test_options_that_make_no_sense_are_refused(option, tmp_path, capsys):
 
 
 def test_sizes_that_the_networks_cannot_take_are_refused(coursework, tmp_path, fails):
-    import data_rechunk
     root = coursework(size=(64, 72))
     data_rechunk.rechunk(root)
     line = fails(train_mtl.main, '--data', root, '--out', tmp_path / 'run')

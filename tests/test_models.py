@@ -42,14 +42,27 @@ def test_boxes_are_ordered_and_inside_whatever_the_weights():
     assert (boxes >= 0).all() and (boxes <= 1).all() and (boxes[:, :2] <= boxes[:, 2:]).all()
 
 
+class Maps(torch.nn.Module):
+    """Stands for a box head's convolutions: returns the maps that it is given."""
+
+    def __init__(self, maps):
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, x):
+        return self.maps
+
+
 def test_a_box_can_lie_in_any_corner():
+    features = [torch.zeros(1, channels, 256 // 2**level, 256 // 2**level)
+                for level, channels in enumerate(models.CHANNELS, start=1)]
     head = BoxHead()
-    head.corners = torch.nn.Identity()
-    for (y1, x1), (y2, x2) in [((0, 0), (1, 1)), ((7, 7), (6, 6)), ((0, 7), (1, 6))]:
-        maps = torch.full((1, 2, 8, 8), -50.)
+    for (y1, x1), (y2, x2) in [((0, 0), (1, 1)), ((15, 15), (14, 14)), ((0, 15), (1, 14))]:
+        maps = torch.full((1, 2, 16, 16), -50.)
         maps[0, 0, y1, x1] = maps[0, 1, y2, x2] = 50
-        expected = [min(x1, x2) / 7, min(y1, y2) / 7, max(x1, x2) / 7, max(y1, y2) / 7]
-        assert head(maps)[0].tolist() == pytest.approx(expected, abs=1e-5)
+        head.corners = Maps(maps)
+        expected = [min(x1, x2) / 15, min(y1, y2) / 15, max(x1, x2) / 15, max(y1, y2) / 15]
+        assert head(features)[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_dropout_is_off_in_evaluation_and_on_in_training():
@@ -77,6 +90,18 @@ def test_decoding_some_images_gives_the_logits_of_decoding_all():
     torch.testing.assert_close(some.mask, every.mask[chosen])
     torch.testing.assert_close(some.label, every.label)
     assert model(images, decode=torch.zeros(4, dtype=torch.bool)).mask is None
+
+
+def test_decoding_some_images_keeps_gradients_channels_last():
+    """Where two layouts meet, every operation is many times slower."""
+    x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    chosen = models.rows_of(x, torch.tensor([True, False, True, False]))
+    assert chosen.is_contiguous(memory_format=torch.channels_last)
+    layouts = []
+    product = x * 1
+    product.register_hook(lambda grad: layouts.append(grad.is_contiguous(memory_format=torch.channels_last)))
+    models.rows_of(product, torch.tensor([True, False, True, False])).sum().backward()
+    assert layouts == [True]
 
 
 def test_the_four_networks_share_their_parts():

@@ -1,0 +1,111 @@
+"""How fast is rechunking, and in how much memory? data_rechunk.py against h5repack.
+
+    python benchmarks/rechunk.py                    # drawn images; needs h5repack (Debian: hdf5-tools)
+    python benchmarks/rechunk.py --data datasets/data_new
+
+Rechunks images stored contiguously, and in chunks of many samples and a piece of the picture with gzip,
+to one image a chunk. h5repack is given the same target layout. Both start and end as commands of
+their own; ours also compares every value with the source and waits until the disk has it. Each
+is the best of --repeats. The peak memory is that of the whole process, at --count samples and at a
+tenth of them. The ratio: our bytes a second to h5repack's, the smaller of the two sources.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+import common
+from data_rechunk import InputError, run_script, whole_number
+from synthetic_pets import draw_pet
+
+LAYOUTS = {
+    'contiguous': {},
+    'gzip in bad chunks': {'chunks': (64, 64, 64, 3), 'compression': 'gzip', 'compression_opts': 4},
+}
+MEMORY_SCRIPT = '''
+import re, sys
+sys.path.insert(0, sys.argv[1])
+import data_rechunk
+data_rechunk.rechunk_file(sys.argv[2])
+print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])
+'''
+
+
+def block_of_images(data):
+    """64 images (64, H, W, 3) uint8 of `data`, or drawn ones."""
+    if data:
+        with h5py.File(Path(data) / 'train' / 'images.h5') as file:
+            return file['images'][:64]
+    return np.stack([draw_pet(index, size=256).image for index in range(64)])
+
+
+def write_source(path, block, count, layout):
+    with h5py.File(path, 'w') as file:
+        target = file.create_dataset('images', (count, *block.shape[1:]), np.uint8, **layout)
+        for start in range(0, count, len(block)):
+            # Shifted, so that no two images are the same.
+            target[start:start + len(block)] = np.roll(block, start // len(block), axis=2)[:count - start]
+
+
+def fastest(command, source, path, repeats):
+    """Seconds that the command takes on a fresh copy of `source` at `path`."""
+    times = []
+    for _ in range(repeats):
+        shutil.copyfile(source, path)
+        path.with_name('target.h5').unlink(missing_ok=True)
+        os.sync()
+        start = time.perf_counter()
+        done = subprocess.run(command, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - start)
+        if done.returncode:
+            raise InputError(f'{command[0]} ended with {done.returncode}')
+    return min(times)
+
+
+def peak_memory(path):
+    """MB of a process that rechunks `path`."""
+    done = subprocess.run([sys.executable, '-c', MEMORY_SCRIPT, str(common.ROOT), str(path)],
+                          stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout) / 1024
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument('--data', metavar='DIR', help='prepared splits to take images from (default: drawn ones)')
+    parser.add_argument('--count', type=whole_number(640), default=5000, help='images (default: %(default)s)')
+    parser.add_argument('--repeats', type=whole_number(1), default=3, help='default: %(default)s')
+    args = parser.parse_args()
+    if not shutil.which('h5repack'):
+        raise InputError("h5repack: not found; it comes with Debian's hdf5-tools")
+    block, figures = block_of_images(args.data), {}
+    chunk = 'x'.join(map(str, (1, *block.shape[1:])))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / 'data' / 'train'
+        folder.mkdir(parents=True)
+        for name, layout in LAYOUTS.items():
+            source, path = Path(scratch) / 'source.h5', folder / 'images.h5'
+            write_source(source, block, args.count, layout)
+            megabytes = args.count * block[0].nbytes / 1e6
+            repack = ['h5repack', '-l', f'images:CHUNK={chunk}', '-f', 'images:NONE', path, path.with_name('target.h5')]
+            ours = [sys.executable, '-c', f'import sys; sys.path.insert(0, {str(common.ROOT)!r}); '
+                    f'import data_rechunk; data_rechunk.rechunk_file({str(path)!r})']
+            theirs, mine = (megabytes / fastest(command, source, path, args.repeats) for command in (repack, ours))
+            memory = []
+            for count in args.count // 10, args.count:
+                write_source(path, block, count, layout)
+                memory.append(peak_memory(path))
+            figures[name] = {'h5repack': theirs, 'data_rechunk': mine, 'peak_memory': memory}
+            print(f'{name}: data_rechunk.py {mine:.0f} MB/s, h5repack {theirs:.0f} MB/s, ratio {mine / theirs:.2f}; '
+                  f'peak memory {memory[0]:.0f} MB for {args.count // 10} images, {memory[1]:.0f} MB for {args.count}')
+    common.finish(min(each['data_rechunk'] / each['h5repack'] for each in figures.values()), figures, args.json)
+
+
+if __name__ == '__main__':
+    run_script(main)

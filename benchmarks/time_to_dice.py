@@ -1,0 +1,155 @@
+"""How long until the masks are good? Test Dice against minutes of training, the reference and ours.
+
+    python benchmarks/time_to_dice.py --data datasets/data_new
+
+Trains the reference network as the study did on the photographs that have a mask, for --minutes, and
+then train_mtl.py's recipe once for each number of --epochs, with the same number of threads. The clock
+runs while training; validation and test are not counted for either. Writes to --out a CSV of each
+curve, time_to_dice.png with all of them, and each of our runs in a folder of its own. A curve that is
+already there is not made again, so an interrupted comparison goes on where it stopped, or one part can
+be made at a time with --only.
+
+The ratio: minutes in which the reference reaches its best test Dice, to those in which ours reaches it.
+"""
+
+import csv
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+import common
+import engine
+from data_rechunk import replacing, run_script, whole_number
+from dataloader_mtl import collate
+from models import MTLNet
+from reference import BATCH_SIZE, ReferenceNet, train_reference
+from utils import WeightedLoss
+
+
+def write_curve(points, path):
+    """`points`: (minutes of training, images trained on, test Dice)."""
+    with replacing(path) as part, open(part, 'w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(('minutes', 'images', 'test_dice'))
+        writer.writerows(points)
+
+
+def read_curve(path):
+    with open(path, newline='') as file:
+        return [tuple(map(float, row)) for row in list(csv.reader(file))[1:]]
+
+
+def reference_curve(args):
+    engine.seed_everything(args.seed)
+    train_set, train_part = engine.load_split(args, 'train', ['mask'])
+    _, test_part = engine.load_split(args, 'test', ['mask'])
+    model, device = ReferenceNet(len(train_set.class_names)), torch.device('cpu')
+
+    def epochs():
+        while True:
+            yield from DataLoader(train_part, BATCH_SIZE, shuffle=True, collate_fn=collate)
+
+    points, seconds, images = [], 0, 0
+    start = time.perf_counter()
+    for count in train_reference(model, epochs()):
+        images += count
+        spent = seconds + time.perf_counter() - start
+        if spent >= (len(points) + 1) * args.minutes * 60 / args.points:
+            dice = engine.evaluate(model, test_part, device)['dice']
+            points.append((spent / 60, images, dice))
+            print(f'reference: {spent / 60:.1f} min, {images} images, test Dice {dice:.4f}', flush=True)
+            seconds, start = spent, time.perf_counter()
+            if spent >= args.minutes * 60:
+                return points
+
+
+def our_curve(args, epochs):
+    options = engine.training_parser('', out='').parse_args([
+        '--data', str(args.data), '--epochs', str(epochs), '--seed', str(args.seed), '--device', 'cpu',
+        '--workers', str(args.workers), '--out', str(args.out / f'epochs_{epochs}'),
+    ])
+    options.resume = (args.out / f'epochs_{epochs}' / 'last.pt').exists()
+    _, test_part = engine.load_split(options, 'test', ['mask'])
+    unfinished, points = args.out / f'epochs_{epochs}' / 'curve.csv', []
+    if options.resume:
+        points = read_curve(unfinished)
+
+    def test(row, model):
+        minutes, images, _ = points[-1] if points else (0, 0, 0)
+        minutes += row['train_seconds'] / 60
+        images += round(row['train_seconds'] * row['images_per_second'])
+        dice = engine.evaluate(model, test_part, torch.device('cpu'))['dice']
+        points.append((minutes, images, dice))
+        write_curve(points, unfinished)
+        print(f'ours: {minutes:.1f} min, test Dice {dice:.4f}', flush=True)
+
+    engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), options, after_epoch=test)
+    return points
+
+
+def draw(curves, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    axes = figure.subplots()
+    for name, points in curves.items():
+        minutes, _, dice = zip(*points)
+        axes.plot(minutes, dice, '.-', label=name.replace('_', ' ').replace('epochs', 'ours, epochs:'))
+    axes.set(xlabel='minutes of training', ylabel='test Dice', xscale='log', ylim=(0, 1))
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as part:
+        figure.savefig(part, format='png', dpi=120)
+
+
+def first_time(points, dice):
+    """Minutes until the curve reaches `dice`, or infinity."""
+    return next((minutes for minutes, _, value in points if value >= dice), math.inf)
+
+
+def main():
+    parser = common.parser(__doc__)
+    common.data_option(parser, 600)
+    parser.add_argument('--minutes', type=float, default=60, help='for the reference (default: %(default)s)')
+    parser.add_argument('--points', type=whole_number(1), default=20, help="of the reference's curve (default: %(default)s)")
+    parser.add_argument('--epochs', type=whole_number(1), nargs='+', default=[2, 24], metavar='N',
+                        help='ours, a run for each (default: 2 24)')
+    parser.add_argument('--threads', type=whole_number(1), default=torch.get_num_threads(),
+                        help='default: %(default)s')
+    parser.add_argument('--workers', type=whole_number(0), default=1, help='as in train_mtl.py')
+    parser.add_argument('--seed', type=whole_number(0), default=0, help='default: %(default)s')
+    parser.add_argument('--only', choices=('reference', 'ours'), help='make one part, for another day')
+    parser.add_argument('--out', type=Path, default=Path('runs/time_to_dice'), metavar='DIR',
+                        help='default: %(default)s')
+    args = parser.parse_args()
+    args.limit_batches, args.batch_size = None, BATCH_SIZE
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    parts = {} if args.only == 'ours' else {'reference': lambda: reference_curve(args)}
+    if args.only != 'reference':
+        parts |= {f'epochs_{n}': lambda n=n: our_curve(args, n) for n in args.epochs}
+    with common.prepared(args.data, 600) as args.data:
+        for name, make in parts.items():
+            if not (args.out / f'{name}.csv').exists():
+                write_curve(make(), args.out / f'{name}.csv')
+
+    curves = {path.stem: read_curve(path) for path in sorted(args.out.glob('*.csv'), reverse=True)}
+    draw(curves, args.out / 'time_to_dice.png')
+    reached = max(curves.get('reference', []), key=lambda point: point[2], default=(math.nan, 0, 0))
+    ours = {name: points for name, points in curves.items() if name != 'reference'}
+    print(f'reference: best test Dice {reached[2]:.4f} after {reached[0]:.1f} min and {reached[1]:.0f} images')
+    times = [math.inf]
+    for name, points in ours.items():
+        times.append(first_time(points, reached[2]))
+        marks = ', '.join(f'{dice} in {first_time(points, dice):.1f} min' for dice in (0.7, 0.8, 0.9, 0.91, 0.93))
+        print(f'{name}: that in {times[-1]:.1f} min; {marks}; at the end {points[-1][2]:.4f} '
+              f'after {points[-1][0]:.1f} min')
+    common.finish(reached[0] / min(times), {'curves': curves}, args.json)
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,131 @@
+"""How fast is the training? Images a second of train_mtl.py's recipe against the reference network's.
+
+    python benchmarks/train_step.py --data datasets/data_new
+
+Ours is the training loop itself, loading and augmentation included, at each image size of the default
+recipe; the average is over the recipe's epochs. The reference is the study's training in float32 and
+NCHW, its batches read by the same loader without augmentation. Both see the same kind of photographs
+with the same number of threads; the reference decodes the mask of each photograph, as the study did,
+ours of those that have one.
+
+Also printed: what loading costs, as the share of our time by which a batch that is already in memory
+would be faster, and the share in which the loop waits for the loader. The ratio: ours to the reference.
+"""
+
+import math
+import time
+from collections import Counter
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+import common
+import engine
+from data_rechunk import run_script, whole_number
+from dataloader_mtl import collate, training_transform
+from models import MTLNet
+from reference import BATCH_SIZE, ReferenceNet, train_reference
+from utils import WeightedLoss
+
+
+def reference_speed(dataset, steps):
+    torch.manual_seed(0)
+    indices = torch.randperm(len(dataset))[:BATCH_SIZE * (steps + 1)].tolist()
+    batches = DataLoader(Subset(dataset, indices), BATCH_SIZE, collate_fn=collate)
+    training = train_reference(ReferenceNet(len(dataset.class_names)), batches)
+    next(training)  # the first step allocates and plans
+    start = time.perf_counter()
+    images = sum(training)
+    return images / (time.perf_counter() - start)
+
+
+class Waiting:
+    """A loader that measures how long its user waits for it."""
+
+    def __init__(self, loader):
+        self.loader, self.batch_sampler, self.seconds = loader, loader.batch_sampler, 0
+
+    def __iter__(self):
+        batches = iter(self.loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+
+class InMemory:
+    """A batch that is already there, again and again."""
+
+    def __init__(self, batch, steps):
+        self.batch, self.batch_sampler = batch, [range(len(batch[0]))] * steps
+
+    def __iter__(self):
+        return (self.batch for _ in self.batch_sampler)
+
+
+def our_speed(run, dataset, part, size, args):
+    """(images/s, images/s without loading, share of the time spent waiting for the loader)."""
+    dataset.transform = training_transform(*size)
+    steps = args.steps * (dataset.image_size[0] // size[0]) ** 2
+
+    def loader(steps):
+        indices = torch.randperm(len(part)).repeat(math.ceil(steps * args.batch_size / len(part)))
+        batches = engine.batches_of(indices[:steps * args.batch_size], args.batch_size)
+        return DataLoader(part, batch_sampler=batches, num_workers=args.workers, collate_fn=collate)
+
+    warm = list(loader(2))
+    engine.train_one_epoch(run, InMemory(warm[0], 3), '')
+    waiting = Waiting(loader(steps))
+    start = time.perf_counter()
+    engine.train_one_epoch(run, waiting, '')
+    seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    # The same mixture of labels, which a single batch would not have.
+    batches = [batch for batch in loader(min(steps, 20))]
+    start, images = time.perf_counter(), 0
+    for batch in batches:
+        engine.train_one_epoch(run, InMemory(batch, 1), '')
+        images += len(batch[0])
+    return steps * args.batch_size / seconds, images / (time.perf_counter() - start), waiting.seconds / seconds
+
+
+def main():
+    parser = common.parser(__doc__)
+    common.data_option(parser, 600)
+    parser.add_argument('--steps', type=whole_number(2), default=30,
+                        help='ours, at the full size, and more at smaller ones (default: %(default)s)')
+    parser.add_argument('--threads', type=whole_number(1), default=torch.get_num_threads(), help='default: %(default)s')
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with common.prepared(args.data, 600) as data:
+        options = engine.training_parser('', out='').parse_args(['--data', str(data), '--device', 'cpu'])
+        options.steps = args.steps
+        dataset, part = engine.load_split(options, 'train', MTLNet.tasks)
+        reference = reference_speed(dataset, 3)
+        print(f'reference, float32, NCHW: {reference:.2f} images/s')
+
+        dataset.jitter = engine.JITTER
+        engine.keep_freed_memory()
+        run = engine.Run(MTLNet, WeightedLoss.equal(MTLNet.tasks), dataset, 10_000, options)
+        sizes = Counter(engine.training_size(epoch, options.epochs, dataset.image_size)
+                        for epoch in range(1, options.epochs + 1))
+        figures, seconds, without = {}, 0, 0
+        for size, epochs in sizes.items():
+            speed, in_memory, waiting = our_speed(run, dataset, part, size, options)
+            figures['x'.join(map(str, size))] = {'images_per_second': speed, 'in_memory': in_memory,
+                                                 'waiting': waiting, 'epochs': epochs}
+            seconds += epochs / speed
+            without += epochs / in_memory
+            print(f'ours at {size[1]} x {size[0]}, {epochs} epochs: {speed:.1f} images/s, {in_memory:.1f} '
+                  f'without loading; waiting for the loader {waiting:.1%}')
+    ours = options.epochs / seconds
+    print(f'ours over the recipe: {ours:.1f} images/s; loading costs {1 - without / seconds:.1%}')
+    common.finish(ours / reference, {'reference': reference, 'ours': ours, 'sizes': figures,
+                                     'loading': 1 - without / seconds}, args.json)
+
+
+if __name__ == '__main__':
+    run_script(main)
