@@ -112,14 +112,25 @@ def main():
             readers = [SampleReader(part.folder / f'{stem}.h5', f'chunked_{stem}') for stem in ('images', 'masks')]
             name = 'checksums' if checksums else 'plain'
             speeds[name] = samples_per_second(part, order, collate)
-            reads[name] = reads_per_second(lambda i: [reader.read(i) for reader in readers], order)
+            arrays = [np.empty(reader.shape, reader.dtype) for reader in readers]
+
+            def read(index):
+                for reader, array in zip(readers, arrays):
+                    reader.read(index, array)
+
+            reads[name] = reads_per_second(read, order)
             if not checksums:
-                arrays = []
+                maps = []
                 for reader in readers:
-                    path = scratch / f'{len(arrays)}.raw'
+                    path = scratch / f'{len(maps)}.raw'
                     reader.dataset[()].tofile(path)
-                    arrays.append(np.memmap(path, reader.dtype, 'r', shape=reader.dataset.shape))
-                reads['memmap'] = reads_per_second(lambda i: [np.array(array[i]) for array in arrays], order)
+                    maps.append(np.memmap(path, reader.dtype, 'r', shape=reader.dataset.shape))
+
+                def copy(index):
+                    for memory, array in zip(maps, arrays):
+                        np.copyto(array, memory[index])
+
+                reads['memmap'] = reads_per_second(copy, order)
         speeds['original'] = samples_per_second(OriginalWay(scratch, count), order, None)
 
     print(f'original way: {speeds["original"]:.0f} samples/s; MTLDataset: {speeds["plain"]:.0f}, with '

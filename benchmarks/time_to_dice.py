@@ -116,8 +116,8 @@ def main():
     common.data_option(parser, 600)
     parser.add_argument('--minutes', type=float, default=60, help='for the reference (default: %(default)s)')
     parser.add_argument('--points', type=whole_number(1), default=20, help="of the reference's curve (default: %(default)s)")
-    parser.add_argument('--epochs', type=whole_number(1), nargs='+', default=[2, 24], metavar='N',
-                        help='ours, a run for each (default: 2 24)')
+    parser.add_argument('--epochs', type=whole_number(1), nargs='+', default=[1, 30], metavar='N',
+                        help='ours, a run for each (default: 1 30)')
     parser.add_argument('--threads', type=whole_number(1), default=torch.get_num_threads(),
                         help='default: %(default)s')
     parser.add_argument('--workers', type=whole_number(0), default=1, help='as in train_mtl.py')

@@ -72,7 +72,8 @@ def our_speed(run, dataset, part, size, args):
     steps = args.steps * (dataset.image_size[0] // size[0]) ** 2
 
     def loader(steps):
-        indices = torch.randperm(len(part)).repeat(math.ceil(steps * args.batch_size / len(part)))
+        epochs = math.ceil(steps * args.batch_size / len(part))
+        indices = torch.cat([engine.training_order(part) for _ in range(epochs)])
         batches = engine.batches_of(indices[:steps * args.batch_size], args.batch_size)
         return DataLoader(part, batch_sampler=batches, num_workers=args.workers, collate_fn=collate)
 

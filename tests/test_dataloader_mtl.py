@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 import data_rechunk
 from data_rechunk import InputError
-from dataloader_mtl import MEAN, STD, MTLDataset, collate, colour_jitter, training_transform
+from dataloader_mtl import MEAN, STD, MTLDataset, collate, colour_jitter, normalise, training_transform
 
 
 def table(root, split, stem):
@@ -239,6 +239,18 @@ def test_colour_jitter_is_that_of_torchvision_for_each_image_alone():
         expected = v2.functional.adjust_contrast(expected, contrast)
         torch.testing.assert_close(changed, v2.functional.adjust_saturation(expected, saturation),
                                    atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
+def test_normalise_is_that_of_torchvision_in_both_layouts(layout, dtype):
+    images = torch.randint(0, 256, (2, 3, 6, 10), dtype=torch.uint8)
+    images = v2.functional.to_dtype(images, dtype, scale=True).contiguous(memory_format=layout)
+    before = images.clone()
+    expected = v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), MEAN, STD)
+    torch.testing.assert_close(normalise(images), expected, atol=2e-6, rtol=1e-5)
+    assert normalise(images).is_contiguous(memory_format=layout) and torch.equal(images, before)
+    torch.testing.assert_close(normalise(images[0]), expected[0], atol=2e-6, rtol=1e-5)
 
 
 def test_jitter_reaches_the_samples(shared_data):

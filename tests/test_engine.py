@@ -225,9 +225,21 @@ def test_photographs_without_a_label_for_the_network_are_not_used(data, tmp_path
 
 
 def test_size_grows_to_the_images_own():
-    sizes = [engine.training_size(epoch, 10, (256, 192)) for epoch in range(1, 11)]
-    assert sizes == [(128, 96)] * 6 + [(256, 192)] * 4
+    sizes = [engine.training_size(epoch, 20, (256, 192)) for epoch in range(1, 21)]
+    assert sizes == [(128, 96)] * 13 + [(192, 144)] * 6 + [(256, 192)]
     assert engine.training_size(1, 10, (64, 80)) == (64, 64)
+    assert engine.training_size(1, 1, (256, 256)) == (128, 128)
+
+
+@pytest.mark.parametrize('masks, times', [(36, 1), (12, 1), (11, 3), (1, 3), (0, 1)])
+def test_photographs_with_a_mask_come_more_often_where_masks_are_rare(shared_data, masks, times):
+    dataset = MTLDataset('train', root=shared_data)
+    dataset.labelled['mask'][masks:] = False
+    part = Subset(dataset, range(35, -1, -1))
+    order = engine.training_order(part, torch.Generator().manual_seed(0))
+    counts = torch.bincount(torch.tensor(part.indices)[order], minlength=36)
+    assert counts.tolist() == [times] * masks + [1] * (36 - masks)
+    assert order.tolist() != sorted(order.tolist())
 
 
 @pytest.mark.parametrize('content, message', [
