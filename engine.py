@@ -312,7 +312,8 @@ def train_one_epoch(run, loader, description):
     run.model.train()
     means, seen = Means(), 0
     total_samples = sum(map(len, loader.batch_sampler))
-    with tqdm(total=total_samples, desc=description, unit='img', leave=False, disable=None if is_first_process() else True) as bar:
+    disable = None if is_first_process() else True  # None: a bar on a terminal, none in a log
+    with tqdm(total=total_samples, desc=description, unit='img', leave=False, disable=disable) as bar:
         for batch in loader:
             total, losses = run.objective(to_device(batch, run.device))
             require_finite(total, losses)
@@ -464,9 +465,7 @@ class Run:
         )
         # The moving average of the weights over about a twentieth of the run is what is evaluated.
         decay = max(0, min(0.999, 1 - 20 / total_steps))
-        self.average = AveragedModel(
-            self.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-        )
+        self.average = AveragedModel(self.model, multi_avg_fn=moving_average(decay), use_buffers=True)
         self.history, self.best = [], None  # a dict for each epoch; the best of them
 
     def state(self, config):
@@ -485,6 +484,17 @@ class Run:
         for name in self.PARTS:
             getattr(self, name).load_state_dict(content[name])
         self.history, self.best = content['history'], content['best']
+
+
+def moving_average(decay):
+    """For AveragedModel: an exponential moving average that starts as a plain one.
+
+    The decay is at most (1 + n) / (10 + n) after n updates, or the random weights of the start would
+    stay in the average for a long time.
+    """
+    def update(averaged, current, count):
+        get_ema_multi_avg_fn(min(decay, float((1 + count) / (10 + count))))(averaged, current, count)
+    return update
 
 
 def train(network, weighting, args, after_epoch=None):

@@ -164,6 +164,17 @@ def test_resuming_with_other_options_is_refused_with_the_differences(shared_data
         train(shared_data, tmp_path / 'new', '--resume')
 
 
+def test_the_moving_average_soon_forgets_the_start_and_then_is_slow():
+    average, values = engine.moving_average(0.99), [torch.zeros(1)]
+    for count in range(1, 1001):
+        average(values, [torch.ones(1)], torch.tensor(count))
+        if count == 20:
+            assert values[0] > 0.95
+    before = values[0].item()
+    average(values, [torch.zeros(1)], torch.tensor(1000))
+    assert values[0].item() == pytest.approx(0.99 * before)
+
+
 def test_uncertainty_weights_are_optimised(shared_data, tmp_path):
     metrics = train(shared_data, tmp_path, weighting=UncertaintyLoss(MTLNet.tasks))
     assert set(metrics['learned_weighting']) == {f'log_variance.{task}' for task in MTLNet.tasks}
