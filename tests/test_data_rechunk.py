@@ -142,10 +142,43 @@ def test_a_second_run_changes_nothing_and_says_so(coursework, capsys):
 def test_what_cannot_be_read_back_does_not_replace_the_source(tmp_path, monkeypatch, fails):
     path = write(tmp_path / 'images.h5', images())
     before = path.read_bytes()
-    monkeypatch.setattr(data_rechunk, 'read_checksum', lambda *_: 0)
+    monkeypatch.setattr(data_rechunk, 'same_bytes', lambda *_: False)
     with pytest.raises(data_rechunk.InputError, match='left as it was'):
         rechunk_file(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['images.h5']
+
+
+@pytest.mark.parametrize('count', [3, 8, 29])
+def test_every_byte_is_compared(count):
+    one = np.arange(count, dtype=np.float32)
+    one[1] = np.nan
+    assert data_rechunk.same_bytes(one, one.copy())
+    for position in range(count * 4):
+        other = one.copy()
+        other.view(np.uint8)[position] ^= 1
+        assert not data_rechunk.same_bytes(one, other)
+
+
+def test_checksums_find_a_flipped_bit_that_goes_unnoticed_without(tmp_path):
+    for checksums in False, True:
+        path = tmp_path / 'images.h5'
+        images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+        with h5py.File(path, 'w') as file:
+            file['images'] = images
+        data_rechunk.rechunk_file(path)  # already done without them is not done with them
+        data_rechunk.rechunk_file(path, checksums=checksums)
+        with h5py.File(path) as file:
+            offset = file['images'].id.get_chunk_info(2).byte_offset
+        content = bytearray(path.read_bytes())
+        content[offset + 77] ^= 1
+        path.write_bytes(content)
+        with h5py.File(path) as file:
+            np.testing.assert_array_equal(file['images'][1], images[1])
+            if checksums:
+                with pytest.raises(OSError):
+                    file['images'][2]
+            else:
+                file['images'][2]
 
 
 def test_killed_at_any_moment_the_source_is_whole_and_the_next_run_finishes(tmp_path):
