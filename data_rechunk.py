@@ -107,7 +107,10 @@ def replacing(path):
 
 
 def open_h5(path, **options):
-    """Open an HDF5 file for reading, with options of h5py.File; raises InputError where there is none or it is damaged."""
+    """Open an HDF5 file for reading, with options of h5py.File.
+
+    Raises InputError where there is none or it is damaged.
+    """
     if not os.path.isfile(path):
         found = 'is a folder' if os.path.isdir(path) else 'no such file'
         raise InputError(f'{path}: {found}; data_prepare.py makes it')
@@ -248,8 +251,8 @@ def same_bytes(one, two):
     """Whether two contiguous arrays of one shape and type hold the same bytes, NaN or not."""
     one, two = one.reshape(-1).view(np.uint8), two.reshape(-1).view(np.uint8)
     whole = len(one) // 8 * 8  # numpy compares words twenty times as fast as bytes
-    return np.array_equal(one[:whole].view(np.uint64), two[:whole].view(np.uint64)) \
-        and np.array_equal(one[whole:], two[whole:])
+    words_equal = np.array_equal(one[:whole].view(np.uint64), two[:whole].view(np.uint64))
+    return words_equal and np.array_equal(one[whole:], two[whole:])
 
 
 def target_chunks(source):

@@ -33,7 +33,7 @@ def normalise(images):
 
     The layout in memory stays what it is, channels first or last.
     """
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    mean, std = (torch.tensor(values, device=images.device) for values in (MEAN, STD))
     scale, offset = 1 / std, -mean / std
     if not images.is_floating_point():
         images, scale = images.float(), scale / 255
@@ -89,6 +89,8 @@ class SampleReader:
         # Without a chunk cache, a chunk goes straight to the array that asks for it.
         self.dataset = open_h5(path, rdcc_nbytes=0)[key]
         self.shape, self.dtype = self.dataset.shape[1:], self.dataset.dtype
+        if self.dtype.kind == 'f':
+            self.dtype = np.dtype(np.float32)  # HDF5 converts while it reads
         # Made once: for each sample, they cost as much as the reading.
         self.source, self.target = self.dataset.id.get_space(), h5py.h5s.create_simple(self.shape)
 

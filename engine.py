@@ -47,6 +47,7 @@ TRAINING_FORMAT = 'segmentation-mtl training 1'
 JITTER = 0.3  # of colour in training
 MASK_REPEATS = 3  # times that a photograph with a mask comes in an epoch where masks are rare
 
+
 class Task(NamedTuple):
     field: str  # of models.Outputs: the prediction
     position: int  # of the target in a sample of MTLDataset
@@ -149,8 +150,8 @@ def keep_freed_memory():
 
 @contextmanager
 def process_group(device_name):
-    """Join the other processes that torchrun started, if it did."""
-    if 'RANK' not in os.environ:
+    """Join the other processes that torchrun started, if it did and this one has not yet."""
+    if 'RANK' not in os.environ or dist.is_initialized():
         yield
         return
     cuda = device_name != 'cpu' and torch.cuda.is_available()
@@ -224,8 +225,8 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-def training_order(part, generator=None):
-    """The positions in the Subset `part` of an epoch's samples, (M,) int64, in random order.
+def training_positions(part):
+    """The positions in the Subset `part` of an epoch's samples, (M,) int64.
 
     Each sample once; those with a mask MASK_REPEATS times where they are rarer than one in that many,
     or most of the time would go to photographs that the decoder learns nothing from.
@@ -234,14 +235,14 @@ def training_order(part, generator=None):
     has_mask = torch.from_numpy(part.dataset.labelled['mask'][part.indices])
     if 0 < MASK_REPEATS * has_mask.sum() < len(part):
         positions = torch.cat([positions, positions[has_mask].repeat(MASK_REPEATS - 1)])
-    return positions[torch.randperm(len(positions), generator=generator)]
+    return positions
 
 
 def batches_of(order, batch_size):
     """This process's shares of the batches of `order`, which is the same in every process.
 
-    Each sample comes once over all processes. Batches have `batch_size` samples over all processes or
-    a few less, so that none is much smaller than the others.
+    Batches have at most `batch_size` samples over all processes, and their sizes differ by one at
+    most. Each element of `order` is in one share of one batch.
     """
     rank, size = rank_and_size()
     batches = torch.as_tensor(order).tensor_split(math.ceil(len(order) / batch_size))
@@ -272,7 +273,8 @@ def task_losses(outputs, batch):
 class Objective(nn.Module):
     """A network and its weighting: a batch -> (total loss, losses of `task_losses`).
 
-    One module, so that several processes average the gradients of both.
+    One module, so that several processes average the gradients of both. Each has its share of a batch;
+    the average of their totals is the total of the batch.
     """
 
     def __init__(self, model, weighting, bfloat16):
@@ -280,13 +282,26 @@ class Objective(nn.Module):
         self.model, self.weighting, self.bfloat16 = model, weighting, bfloat16
 
     def forward(self, batch):
-        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=self.bfloat16):
+        device = batch[0].device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
             outputs, batch = forward(self.model, batch)
         losses = task_losses(outputs, batch)
-        if losses:
-            return self.weighting({task: loss for task, (loss, _) in losses.items()}), losses
-        # A crop can take the only label of a small batch: nothing to learn, in a graph all the same.
-        return sum(0 * output.sum() for output in outputs if output is not None), losses
+        counts = torch.tensor([losses[task][1] if task in losses else 0 for task in TASKS], device=device)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        _, processes = rank_and_size()
+        scaled = {}
+        for task, total in zip(TASKS, counts.tolist()):
+            if task in losses:
+                loss, count = losses[task]
+                scaled[task] = loss * (count * processes / total)
+            elif total:  # only in another process's share
+                scaled[task] = self.nothing()
+        return (self.weighting(scaled) if scaled else self.nothing()), losses
+
+    def nothing(self):
+        """A zero that has a gradient: a crop can take the only label of a small batch."""
+        return sum(0 * parameter.sum() for parameter in self.model.parameters())
 
 
 class Means:
@@ -461,7 +476,7 @@ class Run:
         )
         # Warm-up and annealing in one cycle (Smith and Topin 2018).
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, args.lr, total_steps=total_steps, pct_start=0.2
+            self.optimizer, args.lr, total_steps=max(6, total_steps), pct_start=0.2  # it fails with 5
         )
         # The moving average of the weights over about a twentieth of the run is what is evaluated.
         decay = max(0, min(0.999, 1 - 20 / total_steps))
@@ -487,10 +502,10 @@ class Run:
 
 
 def moving_average(decay):
-    """For AveragedModel: an exponential moving average that starts as a plain one.
+    """For AveragedModel: an exponential moving average that does not hold on to its start.
 
-    The decay is at most (1 + n) / (10 + n) after n updates, or the random weights of the start would
-    stay in the average for a long time.
+    The decay is at most (1 + n) / (10 + n) after n updates, an average over about the last ninth of
+    them, or the random weights of the start would stay in it for a long time.
     """
     def update(averaged, current, count):
         get_ema_multi_avg_fn(min(decay, float((1 + count) / (10 + count))))(averaged, current, count)
@@ -517,11 +532,12 @@ def train_in_group(network, weighting, args, after_epoch):
     )
     belong_together(train_set, val_set, test_set)
     train_set.jitter = JITTER
+    positions = training_positions(train_part)
+    steps = math.ceil(len(positions) / args.batch_size)
     rank, processes = rank_and_size()
-    if min(args.batch_size, len(train_part)) < processes:
-        raise InputError(f'batches of {args.batch_size} from {len(train_part)} photographs cannot be '
-                         f'shared by {processes} processes; start fewer')
-    steps = math.ceil(len(training_order(train_part)) / args.batch_size)
+    if len(positions) // steps < processes:
+        raise InputError(f'batches of {len(positions) // steps} photographs cannot be shared by '
+                         f'{processes} processes; start fewer, or give a larger --batch-size')
     run = Run(network, weighting, train_set, steps * args.epochs, args)
     config = {
         'network': network.__name__,
@@ -544,13 +560,16 @@ def train_in_group(network, weighting, args, after_epoch):
         seed = args.seed * 100_003 + epoch
         seed_everything(seed * processes + rank)
         train_set.transform = training_transform(*training_size(epoch, args.epochs, train_set.image_size))
-        order = training_order(train_part, torch.Generator().manual_seed(seed))
+        order = positions[torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))]
         loader = DataLoader(train_part, batch_sampler=batches_of(order, args.batch_size),
                             num_workers=args.workers, pin_memory=run.device.type == 'cuda',
                             collate_fn=collate)
         start = time.perf_counter()
         losses = train_one_epoch(run, loader, f'epoch {epoch}/{args.epochs}')
         seconds = time.perf_counter() - start
+        if dist.is_initialized():  # each process has batch statistics of its own; the first's are saved
+            for buffer in run.average.buffers():
+                dist.broadcast(buffer, 0)
         figures = evaluate(run.average.module, val_part, run.device, workers=args.workers,
                            bfloat16=run.bfloat16)
         row = {
@@ -559,7 +578,7 @@ def train_in_group(network, weighting, args, after_epoch):
             **{f'train_{name}': value for name, value in losses.items()},
             **{f'val_{name}': value for name, value in figures.items()},
             'train_seconds': seconds,
-            'images_per_second': len(order) / seconds,
+            'images_per_second': len(positions) / seconds,
             'total_seconds': time.perf_counter() - start,
         }
         run.history.append(row)

@@ -42,11 +42,12 @@ def main(argv=None):
     parser.add_argument('--only', choices=NAMES, metavar='NAME', help=f'one of {", ".join(NAMES)}')
     args = parser.parse_args(argv)
     root, resume, rows = Path(args.out), args.resume, {}
-    for name in (args.only,) if args.only else NAMES:
-        engine.say(f'---- {name}')
-        args.out = root / name
-        args.resume = resume and (args.out / 'last.pt').exists()
-        rows[name] = engine.train(MTLNet, weighting(name), args)
+    with engine.process_group(args.device):
+        for name in (args.only,) if args.only else NAMES:
+            engine.say(f'---- {name}')
+            args.out = root / name
+            args.resume = resume and (args.out / 'last.pt').exists()
+            rows[name] = engine.train(MTLNet, weighting(name), args)
     if engine.is_first_process():
         print_table(rows)
 

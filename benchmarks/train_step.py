@@ -5,7 +5,7 @@
 Ours is the training loop itself, loading and augmentation included, at each image size of the default
 recipe; the average is over the recipe's epochs. The reference is the study's training in float32 and
 NCHW, its batches read by the same loader without augmentation. Both see the same kind of photographs
-with the same number of threads; the reference decodes the mask of each photograph, as the study did,
+with the same number of threads and workers; the reference decodes the mask of each photograph, as the study did,
 ours of those that have one.
 
 Also printed: what loading costs, as the share of our time by which a batch that is already in memory
@@ -28,10 +28,10 @@ from reference import BATCH_SIZE, ReferenceNet, train_reference
 from utils import WeightedLoss
 
 
-def reference_speed(dataset, steps):
+def reference_speed(dataset, steps, workers):
     torch.manual_seed(0)
     indices = torch.randperm(len(dataset))[:BATCH_SIZE * (steps + 1)].tolist()
-    batches = DataLoader(Subset(dataset, indices), BATCH_SIZE, collate_fn=collate)
+    batches = DataLoader(Subset(dataset, indices), BATCH_SIZE, num_workers=workers, collate_fn=collate)
     training = train_reference(ReferenceNet(len(dataset.class_names)), batches)
     next(training)  # the first step allocates and plans
     start = time.perf_counter()
@@ -72,8 +72,9 @@ def our_speed(run, dataset, part, size, args):
     steps = args.steps * (dataset.image_size[0] // size[0]) ** 2
 
     def loader(steps):
-        epochs = math.ceil(steps * args.batch_size / len(part))
-        indices = torch.cat([engine.training_order(part) for _ in range(epochs)])
+        positions = engine.training_positions(part)
+        epochs = math.ceil(steps * args.batch_size / len(positions))
+        indices = torch.cat([positions[torch.randperm(len(positions))] for _ in range(epochs)])
         batches = engine.batches_of(indices[:steps * args.batch_size], args.batch_size)
         return DataLoader(part, batch_sampler=batches, num_workers=args.workers, collate_fn=collate)
 
@@ -83,9 +84,8 @@ def our_speed(run, dataset, part, size, args):
     start = time.perf_counter()
     engine.train_one_epoch(run, waiting, '')
     seconds = time.perf_counter() - start
-    start = time.perf_counter()
     # The same mixture of labels, which a single batch would not have.
-    batches = [batch for batch in loader(min(steps, 20))]
+    batches = list(loader(min(steps, 20)))
     start, images = time.perf_counter(), 0
     for batch in batches:
         engine.train_one_epoch(run, InMemory(batch, 1), '')
@@ -101,15 +101,15 @@ def main():
     parser.add_argument('--threads', type=whole_number(1), default=torch.get_num_threads(), help='default: %(default)s')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    engine.keep_freed_memory()
     with common.prepared(args.data, 600) as data:
         options = engine.training_parser('', out='').parse_args(['--data', str(data), '--device', 'cpu'])
         options.steps = args.steps
         dataset, part = engine.load_split(options, 'train', MTLNet.tasks)
-        reference = reference_speed(dataset, 3)
+        reference = reference_speed(dataset, 6, options.workers)
         print(f'reference, float32, NCHW: {reference:.2f} images/s')
 
         dataset.jitter = engine.JITTER
-        engine.keep_freed_memory()
         run = engine.Run(MTLNet, WeightedLoss.equal(MTLNet.tasks), dataset, 10_000, options)
         sizes = Counter(engine.training_size(epoch, options.epochs, dataset.image_size)
                         for epoch in range(1, options.epochs + 1))

@@ -1,5 +1,6 @@
 """The benchmarks: the reference network is the study's, and every script explains itself."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -41,7 +42,6 @@ def test_every_benchmark_has_help(name, monkeypatch, capsys):
 
 
 def test_the_last_line_is_the_ratio_alone(tmp_path, capsys):
-    import json
     common.finish(12.345, {'ours': 2}, tmp_path / 'figures.json')
     assert capsys.readouterr().out == 'ratio 12.3\n'
     assert json.loads((tmp_path / 'figures.json').read_text())['ratio'] == 12.345

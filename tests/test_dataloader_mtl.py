@@ -94,13 +94,15 @@ def test_the_stored_type_changes_no_sample(coursework, tmp_path, layout):
     assert set(samples[0][3].unique().tolist()) == {0, 1}
 
 
-def test_images_that_stay_float_are_scaled_as_0_to_255(coursework):
+@pytest.mark.parametrize('dtype', ['float32', 'float64', '>f4', 'float16'])
+def test_images_that_stay_float_are_scaled_as_0_to_255(coursework, dtype):
     root = coursework(dtype='float32')
     images = table(root, 'train', 'images')
     images[0, 0, 0, 0] = 99.5
-    change(root, 'images', images)
+    change(root, 'images', images.astype(dtype))
     data_rechunk.rechunk(root)
     image = MTLDataset('train', root=root)[0][0]
+    assert image.dtype == torch.float32
     assert image[0, 0, 0] == pytest.approx((99.5 / 255 - MEAN[0]) / STD[0])
     transformed = MTLDataset('train', training_transform(64, 64), root=root)[0][0]
     assert transformed.std() > 0.5  # not cut off at 1

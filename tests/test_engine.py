@@ -206,26 +206,62 @@ def test_processes_share_each_batch_and_give_each_sample_once(monkeypatch, size,
 
 
 def test_two_processes_train_one_model_and_get_the_figures_of_one(shared_data, tmp_path):
-    """Through torchrun, with losses whose weights are learned: both processes must agree on them too."""
-    out = tmp_path / 'run'
+    """Through torchrun, twice in a run, with fixed and with learned weights: both processes must agree."""
+    script, out = tmp_path / 'two_weightings.py', tmp_path / 'run'
+    script.write_text("import oeq_weighting\noeq_weighting.NAMES = 'equal', 'uncertainty'\noeq_weighting.main()\n")
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-               str(Path(engine.__file__).with_name('oeq_weighting.py')), '--only', 'uncertainty',
-               *arguments_of(shared_data, out)]
+               str(script), *arguments_of(shared_data, out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    out = out / 'uncertainty'
-    assert done.stdout.count('epoch 2/2') == done.stdout.count('Dice Score - Segmentation') == 1
-    metrics = json.loads((out / 'metrics.json').read_text())
-    assert metrics['config']['processes'] == 2
+    assert done.stdout.count('epoch 2/2') == done.stdout.count('Dice Score - Segmentation') == 2
     dataset = Subset(MTLDataset('test', root=shared_data), range(12))
-    alone = engine.evaluate(engine.load_model(out / 'best.pt'), dataset, torch.device('cpu'))
-    assert metrics['test'] == pytest.approx(alone, rel=1e-5)
+    for name in 'equal', 'uncertainty':
+        metrics = json.loads((out / name / 'metrics.json').read_text())
+        assert metrics['config']['processes'] == 2
+        alone = engine.evaluate(engine.load_model(out / name / 'best.pt'), dataset, torch.device('cpu'))
+        assert metrics['test'] == pytest.approx(alone, rel=1e-5)
 
 
-def test_a_batch_for_fewer_samples_than_processes_is_refused(shared_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, 'rank_and_size', lambda: (0, 4))
-    with pytest.raises(InputError, match='cannot be shared by 4 processes'):
-        train(shared_data, tmp_path, '--batch-size', '3')
+SHARES = """
+import sys, torch, torch.distributed as dist, engine
+from models import MTLNet
+from utils import UncertaintyLoss
+from torch.nn.parallel import DistributedDataParallel
+rank, size = engine.rank_and_size()
+with engine.process_group('cpu'):
+    torch.manual_seed(0)
+    model = MTLNet(n_classes=4).eval()  # no dropout and no statistics of the batch
+    objective = engine.Objective(model, UncertaintyLoss(MTLNet.tasks), bfloat16=False)
+    image, bbox, mask = torch.randn(4, 3, 64, 64), torch.rand(4, 4).sort()[0], torch.ones(4, 1, 64, 64)
+    label = torch.tensor([0, 1, -1, 3])
+    bbox[1:], mask[::2] = torch.nan, torch.nan  # rank 0 has no mask and the only box
+    wrapped = DistributedDataParallel(objective, find_unused_parameters=True) if size > 1 else objective
+    wrapped([part[rank::size] for part in (image, bbox, label, mask)])[0].backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in objective.named_parameters()}, sys.argv[1])
+"""
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    """Also where a share has none of a task's labels."""
+    script = tmp_path / 'shares.py'
+    script.write_text(SHARES)
+    together, alone = tmp_path / 'together.pt', tmp_path / 'alone.pt'
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+                    str(script), str(together)], check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, str(script), str(alone)], check=True, timeout=300)
+    together, alone = torch.load(together), torch.load(alone)
+    assert together.keys() == alone.keys()
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize('processes, batch_size', [(4, 3), (17, 17)])  # 36 samples in 3 batches of 12
+def test_a_batch_for_fewer_samples_than_processes_is_refused(shared_data, tmp_path, monkeypatch, processes,
+                                                             batch_size):
+    monkeypatch.setattr(engine, 'rank_and_size', lambda: (0, processes))
+    with pytest.raises(InputError, match=f'cannot be shared by {processes} processes'):
+        train(shared_data, tmp_path, '--batch-size', str(batch_size))
 
 
 def test_photographs_without_a_label_for_the_network_are_not_used(data, tmp_path):
@@ -247,10 +283,9 @@ def test_photographs_with_a_mask_come_more_often_where_masks_are_rare(shared_dat
     dataset = MTLDataset('train', root=shared_data)
     dataset.labelled['mask'][masks:] = False
     part = Subset(dataset, range(35, -1, -1))
-    order = engine.training_order(part, torch.Generator().manual_seed(0))
-    counts = torch.bincount(torch.tensor(part.indices)[order], minlength=36)
+    positions = engine.training_positions(part)
+    counts = torch.bincount(torch.tensor(part.indices)[positions], minlength=36)
     assert counts.tolist() == [times] * masks + [1] * (36 - masks)
-    assert order.tolist() != sorted(order.tolist())
 
 
 @pytest.mark.parametrize('content, message', [
@@ -337,10 +372,23 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(shared_data, t
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_a_batch_that_lost_its_only_label_is_passed_over(shared_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, 'task_losses', lambda outputs, batch: {})
-    metrics = train(shared_data, tmp_path, '--limit-batches', '1', '--epochs', '1')
-    assert set(metrics['test']) == set(engine.METRICS)
+@pytest.mark.parametrize('network', [MTLNet, UNet])
+def test_a_batch_that_lost_its_labels_in_a_crop_teaches_nothing(shared_data, network):
+    sample = [part[None] for part in MTLDataset('train', root=shared_data)[0]]
+    batch = sample[0], torch.full((1, 4), torch.nan), torch.tensor([-1]), torch.full((1, 1, 64, 64), torch.nan)
+    model = network()
+    total, losses = engine.Objective(model, WeightedLoss.equal(network.tasks), bfloat16=False)(batch)
+    total.backward()
+    assert total == 0 and losses == {} and all(p.grad.abs().max() == 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize('epochs', range(1, 8))
+def test_any_number_of_steps_has_a_schedule(shared_data, tmp_path, epochs):
+    options = arguments(shared_data, tmp_path)
+    run = engine.Run(UNet, WeightedLoss.equal(UNet.tasks), MTLDataset('test', root=shared_data), epochs, options)
+    for _ in range(epochs):
+        run.optimizer.step()
+        run.schedule.step()
 
 
 @pytest.mark.parametrize('option', [
