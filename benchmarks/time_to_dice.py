@@ -108,7 +108,10 @@ def draw(curves, path):
         minutes, _, dice = zip(*points)
         axes.plot(minutes, dice, '.-', label=name.replace('_', ' ').replace('epochs', 'ours, epochs:'))
     axes.set(xlabel='minutes of training', ylabel='test Dice', xscale='log', ylim=(0, 1))
-    axes.xaxis.set_major_formatter('{x:g}')
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+             if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f'{t:g}' for t in ticks])
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as part:
