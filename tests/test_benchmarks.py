@@ -38,7 +38,7 @@ def test_every_benchmark_has_help(name, monkeypatch, capsys):
     module = __import__(name.removesuffix('.py'))
     with pytest.raises(SystemExit) as stopped:
         module.main()
-    assert stopped.value.code == 0 and 'The ratio: ' in capsys.readouterr().out
+    assert stopped.value.code == 0 and 'The ratio:' in capsys.readouterr().out
 
 
 def test_the_last_line_is_the_ratio_alone(tmp_path, capsys):
