@@ -11,11 +11,12 @@ is kept with whatever labels it has. The same photographs, options and seed give
 
 import argparse
 import hashlib
+import os
 import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +26,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import synthetic_pets
-from data_rechunk import (MASK_UNKNOWN, SPLITS, InputError, open_h5, reason, replacing, run_script,
-                          whole_number)
+from data_rechunk import (LARGEST_SIDE, MASK_UNKNOWN, SPLITS, InputError, alone_in, create_h5,
+                          has_checksums, has_own, networks_take, one_line, reading_h5, reason,
+                          replacing, run_script, whole_number)
 
 BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
 STEMS = ('images', 'masks', 'bboxes', 'binary', 'breeds', 'names')
@@ -67,10 +69,10 @@ class OxfordPets:
     def _read_list(self, path):
         """Read `NAME CLASS-ID SPECIES BREED-ID` lines: ids from 1, species 1 cat and 2 dog."""
         try:
-            lines = path.read_text(encoding='utf-8').splitlines()
+            lines = read_bounded(path, LARGEST_LIST).decode().splitlines()
         except FileNotFoundError:
             raise InputError(f'{path}: no such file; --download fetches the dataset') from None
-        except UnicodeDecodeError as error:
+        except (UnicodeDecodeError, Unreadable) as error:
             raise InputError(f'{path}: not a text file ({reason(error)})') from None
         records, class_names = {}, {}
         for number, line in enumerate(lines, 1):
@@ -85,7 +87,7 @@ class OxfordPets:
             if not 1 <= class_id <= 37 or species not in (1, 2):
                 raise InputError(f'{where}: class {class_id} and species {species}; '
                                  'expected a class from 1 to 37 and a species 1 or 2')
-            if name in records or Path(name).name != name:
+            if name in records or Path(name).name != name or not name.isprintable() or len(name) > 200:
                 raise InputError(f"{where}: '{name}' is listed twice or is not a plain file name")
             breed_name = name.rpartition('_')[0]
             if class_names.setdefault(class_id, breed_name) != breed_name:
@@ -116,11 +118,8 @@ class OxfordPets:
 
     def _read_mask(self, name, size):
         path = self._file('trimaps', name)
-        try:
-            with Image.open(path) as trimap:
-                values = np.asarray(trimap.resize((size, size), Image.Resampling.NEAREST))
-        except READ_ERRORS as error:
-            raise Unreadable(f'{path}: {reason(error)}') from None
+        with opened_image(path) as trimap:
+            values = np.asarray(trimap.resize((size, size), Image.Resampling.NEAREST))
         found = np.unique(values)
         if values.ndim != 2 or not set(found.tolist()) <= self.trimap_values.keys():
             raise Unreadable(f'{path}: values {found[:5].tolist()}; a trimap holds 1, 2 and 3')
@@ -131,23 +130,52 @@ class OxfordPets:
     def _read_box(self, name, size):
         path = self._file('xmls', name)
         try:
-            root = ElementTree.parse(path).getroot()
+            root = ElementTree.fromstring(read_bounded(path, LARGEST_XML))
             corners = [float(root.findtext(f'object/bndbox/{key}', 'none'))
                        for key in ('xmin', 'ymin', 'xmax', 'ymax')]
             # The annotator's picture, which need not be as large as the photograph on disk.
             extent = [float(root.findtext(f'size/{key}', 'none')) for key in ('width', 'height')] * 2
         except (ElementTree.ParseError, OSError, LookupError, ValueError) as error:
             raise Unreadable(f'{path}: no <bndbox> and <size> in numbers ({reason(error)})') from None
-        if not all(np.isfinite(extent)) or min(extent) <= 0:
-            raise Unreadable(f'{path}: <size> is {extent[0]:g} x {extent[1]:g}')
+        if not all(np.isfinite(corners + extent)) or min(extent) <= 0:
+            raise Unreadable(f'{path}: the box {corners} in a picture of {extent[0]:g} x {extent[1]:g}')
         bbox = np.clip(np.divide(corners, extent), 0, 1)
-        if not (bbox[:2] < bbox[2:]).all():  # false for NaN too
+        if not (bbox[:2] < bbox[2:]).all():
             raise Unreadable(f'{path}: the box {corners} has no area inside the picture')
         return (bbox * size).astype(np.float32)
 
 
-# What Pillow raises for a file that is missing, damaged, of another kind or absurdly large.
-READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+LARGEST_LIST, LARGEST_XML = 100 << 20, 1 << 20  # bytes; the dataset's have 300 thousand and a thousand
+
+# What cameras, phones and browsers write. Pillow knows others, and starts a program for one of them (EPS).
+Image.init()
+FORMATS = [name for name in ('JPEG', 'MPO', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'AVIF') if name in Image.OPEN]
+
+
+def read_bounded(path, most):
+    """The bytes of a file; raises Unreadable if it has more than `most` or is no file at all."""
+    if path.exists() and not path.is_file():
+        raise Unreadable(f'{path}: is not a file')
+    with open(path, 'rb') as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise Unreadable(f'{path}: more than {most} bytes')
+    return content
+
+
+@contextmanager
+def opened_image(path):
+    """Yield the file's PIL image; raises Unreadable for any that Pillow cannot read, also in the block."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Unreadable(f'{path}: is not a file')  # a pipe would be waited for
+    try:
+        with warnings.catch_warnings():
+            # Pillow's remarks on readable files: very large, palette transparency, damaged EXIF.
+            warnings.simplefilter('ignore')
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
+    except Exception as error:  # Pillow's decoders let through whatever damage makes them raise
+        raise Unreadable(f'{path}: {reason(error)}') from None
 
 
 def to_rgb(photograph):
@@ -167,14 +195,8 @@ def to_rgb(photograph):
 
 def read_photograph(path, upright=False):
     """The file's PIL image as RGB, turned as its EXIF says if `upright`; raises Unreadable."""
-    try:
-        with warnings.catch_warnings():
-            # Pillow's remarks on readable files: very large, palette transparency, damaged EXIF.
-            warnings.simplefilter('ignore')
-            with Image.open(path) as file:
-                return to_rgb(ImageOps.exif_transpose(file) if upright else file)
-    except READ_ERRORS as error:
-        raise Unreadable(f'{path}: {reason(error)}') from None
+    with opened_image(path) as file:
+        return to_rgb(ImageOps.exif_transpose(file) if upright else file)
 
 
 class SyntheticPets:
@@ -231,7 +253,7 @@ def split_records(records, shares):
 class SplitWriter:
     """Appends samples to the six files of one split; memory does not grow with their number."""
 
-    def __init__(self, paths, size, class_names):
+    def __init__(self, paths, size, class_names, stack):
         text = h5py.string_dtype()
         layout = {
             'images': ((size, size, 3), np.uint8),
@@ -241,9 +263,10 @@ class SplitWriter:
             'breeds': ((1,), np.int16),
             'names': ((), text),
         }
-        self.datasets = {}
+        self.datasets, self.storages = {}, []
         for stem, (shape, dtype) in layout.items():
-            file = h5py.File(paths[stem], 'w', libver='v110')
+            file, storage = stack.enter_context(create_h5(paths[stem]))
+            self.storages.append(storage)
             chunks = (1, *shape) if len(shape) == 3 else (1024, *shape)
             self.datasets[stem] = file.create_dataset(
                 stem, (0, *shape), dtype, maxshape=(None, *shape), chunks=chunks
@@ -276,31 +299,29 @@ class SplitWriter:
                 else:
                     dataset[-len(values):] = np.stack(values).astype(dataset.dtype, copy=False)
             self.rows.clear()
+        for storage in self.storages:
+            storage.check()
 
     def finish(self, preparation):
         """Write what is left; mark the files with what all files of one preparation share."""
         self._flush()
         for dataset in self.datasets.values():
             dataset.attrs['preparation'] = preparation
-        self.close()
-
-    def close(self):
-        for dataset in self.datasets.values():
-            if dataset:
-                dataset.file.close()
 
 
-def refuse_to_replace_others(paths):
-    """Raise InputError if a file stands at one of `paths` that this script did not write."""
-    for stem, path in paths.items():
-        try:
-            with open_h5(path) as file:
-                ours = stem in file and 'preparation' in file[stem].attrs
-        except InputError:  # none there, or damaged
-            continue
-        if not ours:
-            raise InputError(f'{path}: was not made by data_prepare.py and is left alone; choose '
-                             'another --out or move it away')
+def refuse_to_replace_others(path):
+    """Raise InputError if a file stands at `path` that this script did not write."""
+    if not os.path.lexists(path):
+        return
+    try:
+        with reading_h5(path) as file:
+            # Another format is not ours and need not be read further: damage in it can crash HDF5.
+            ours = has_checksums(file) and has_own(file, path.stem) and 'preparation' in file[path.stem].attrs
+    except InputError:  # damaged, or no HDF5 file at all
+        ours = False
+    if not ours:
+        raise InputError(f'{path}: was not made by data_prepare.py, or is damaged, and is left alone; choose '
+                         'another --out or move it away')
 
 
 def prepare(source, out, size, shares, seed, limit, options):
@@ -311,18 +332,20 @@ def prepare(source, out, size, shares, seed, limit, options):
 
     def warn(error, kind='annotation'):
         unreadable[kind] += 1
-        tqdm.write(f'warning: {error}', file=sys.stderr)
+        tqdm.write(one_line(f'warning: {error}'), file=sys.stderr)
 
-    targets = {split: {stem: Path(out) / split / f'{stem}.h5' for stem in STEMS} for split in SPLITS}
-    for paths in targets.values():
-        refuse_to_replace_others(paths)
+    targets = [Path(out) / split / f'{stem}.h5' for split in SPLITS for stem in STEMS]
+    for path in targets:
+        refuse_to_replace_others(path)
     writers, digest = [], hashlib.sha256(options.encode())
-    with ExitStack() as stack:  # every file takes its place when all of them are finished
+    with ExitStack() as stack:
+        for split in SPLITS:
+            stack.enter_context(alone_in(Path(out) / split))
+        parts = iter(stack.enter_context(replacing(*targets)))
+        files = stack.enter_context(ExitStack())  # closed before they take their places
         bar = stack.enter_context(tqdm(total=len(records), unit='photo', disable=None))
         for split in SPLITS:
-            paths = {stem: stack.enter_context(replacing(path)) for stem, path in targets[split].items()}
-            writer = SplitWriter(paths, size, source.class_names)
-            stack.callback(writer.close)
+            writer = SplitWriter({stem: next(parts) for stem in STEMS}, size, source.class_names, files)
             writers.append(writer)
             for record in sorted(splits[split]):
                 try:
@@ -377,8 +400,8 @@ def main(argv=None):
     parser.add_argument('--limit', type=whole_number(1), metavar='N',
                         help='take N photographs, stratified (default: all; synthetic: 1200)')
     args = parser.parse_args(argv)
-    if args.size < 64 or args.size % 16:
-        parser.error(f'--size {args.size}: the networks take multiples of 16 from 64 up')
+    if not networks_take(args.size):
+        parser.error(f'--size {args.size}: the networks take multiples of 16 from 64 to {LARGEST_SIDE}')
 
     kind = args.source or ('oxford' if args.root or args.download else 'synthetic')
     if kind == 'synthetic':

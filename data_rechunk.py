@@ -11,24 +11,38 @@ A file is never changed in place: the new one is written beside it, read back, c
 renamed over it. A run killed at any moment leaves the old file whole, and the next run finishes.
 
 Memory: three slabs of 16 MiB at most and one chunk of the source, whatever the number of samples.
+Each file is read in a process of its own, because a damaged one can crash HDF5 or keep it busy for ever.
 
 It also holds what the scripts share and that needs no torch: what the files look like, how they are
 opened and replaced, `InputError`, `run_script` and `whole_number`.
 """
 
 import argparse
+import ctypes
+import errno
+import io
 import itertools
 import math
+import multiprocessing
 import os
+import re
+import signal
 import sys
 import tempfile
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
 from tqdm import tqdm
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows: nothing keeps two processes apart, and memory is not limited
+    fcntl = resource = None
 
 SPLITS = ('train', 'val', 'test')
 
@@ -42,28 +56,62 @@ SHAPES = {
 }
 OPTIONAL = ('breeds',)  # the coursework's copies of the data have no breeds
 
+LARGEST_SIDE = 4096  # pixels of an image's height or width
+
 MASK_UNKNOWN = 255  # stored in a mask where it is not known whether a pixel shows the pet
 
 SLAB_BYTES = 16 << 20  # samples held in memory at a time; more is slower, for the processor's cache
+
+
+# What asks a script to stop. The terminal sends SIGHUP when its window is closed.
+STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 
 
 class InputError(Exception):
     """A file or an option that cannot be used; the message is the one line that the user sees."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the script to stop; the exit status is 128 + `number`, as the shell has it."""
+
+    def __init__(self, number, message='interrupted'):
+        super().__init__(message)
+        self.number, self.status = number, 128 + number
+
+
+def interrupt(number, frame):
+    raise Interrupted(number)
+
+
+def handle_signals(handler):
+    """Let `handler` handle the signals of STOPPING that are not ignored (nohup); returns what did so far."""
+    if threading.current_thread() is not threading.main_thread():  # Python calls no handlers elsewhere
+        return {}
+    handled = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in handled}
+
+
 def run_script(main):
-    """Call `main()`; turn bad input into one line on standard error and exit status 1."""
+    """Call `main()`; turn bad input into one line on standard error and exit status 1, signals into 128 + n."""
+    handle_signals(interrupt)
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors='backslashreplace')  # for file names that are no text
     try:
         main()
+        return
     except InputError as error:
         # What a loader's worker raises arrives with the worker's traceback before it.
-        sys.exit(f'error: {str(error).strip().rpartition("InputError: ")[2]}')
+        line, status = f'error: {str(error).strip().rpartition("InputError: ")[2]}', 1
     except OSError as error:
-        what = f'{error.filename}: {error.strerror}' if error.filename else reason(error)
-        sys.exit(f'error: {what}')
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        sys.exit(130)
+        where = f'{error.filename}: ' if error.filename else ''
+        line, status = f'error: {where}{reason(error)}', 1
+    except MemoryError:
+        line, status = 'error: there is not enough memory', 1
+    except KeyboardInterrupt as error:
+        line, status = str(error) or 'interrupted', getattr(error, 'status', 130)
+    # Not above, where the exception still keeps alive what was in use, such as a loader's processes.
+    print(one_line(line), file=sys.stderr)
+    sys.exit(status)
 
 
 def whole_number(minimum):
@@ -75,48 +123,222 @@ def whole_number(minimum):
     return parse
 
 
+def networks_take(*sides):
+    """Whether the networks take images with these sides in pixels."""
+    return all(64 <= side <= LARGEST_SIDE and side % 16 == 0 for side in sides)
+
+
 def reason(error):
-    """The exception's message as one line."""
+    """The exception's message as one line of at most 200 characters."""
     text = getattr(error, 'strerror', None) or str(error)
-    return ' '.join(text.split()) or type(error).__name__
+    system = re.search("error message = '([^']*)'", text)  # HDF5 has it among much else
+    return one_line(system[1] if system else text)[:200] or type(error).__name__
+
+
+def one_line(text):
+    """`text` with every run of white space as a blank and what does not print as a question mark."""
+    return ''.join(each if each.isprintable() else '?' for each in ' '.join(text.split()))
+
+
+# ---- writing files
 
 
 @contextmanager
-def replacing(path):
-    """Yield a path beside `path` to write to; when the block ends well it takes the place of `path`.
+def replacing(*paths):
+    """Yield a path beside each of `paths` to write to; when the block ends well they take their places.
 
-    The new file is synced to disk before it is renamed, so `path` is the old file or the new one at
-    every moment. If the block raises, the unfinished file is removed and `path` is untouched.
+    All new files are synced to disk before the first is renamed, so each of `paths` is the old file or
+    the new one at every moment. If the block raises, the unfinished files are removed and `paths` are
+    untouched; an error of the system becomes an InputError that names the path. Yields a list of
+    paths, or the path if there is one.
     """
-    if os.path.isdir(path):
-        raise InputError(f'{path}: is a folder; expected the name of a file to write')
-    path = Path(os.path.realpath(path))  # a link's target is replaced, not the link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
+    targets = [Path(os.path.realpath(path)) for path in paths]  # a link's target is replaced, not the link
+    parts = []
     try:
-        yield part
-        with open(part, 'rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        for target in targets:
+            if target.is_dir():
+                raise InputError(f'{target}: is a folder; expected the name of a file to write')
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A name of its own for each process: two that write one path cannot mix their files.
+            parts.append(target.with_name(f'{target.name}.{os.getpid()}.part'))
+            parts[-1].touch()
+        yield parts if len(parts) > 1 else parts[0]
+        for part in parts:
+            with naming(part), open(part, 'rb+') as file:
+                os.fsync(file.fileno())
+        for part, target in zip(parts, targets):
+            os.replace(part, target)
         if os.name == 'posix':
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            for parent in {target.parent for target in targets}:
+                folder = os.open(parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+    except OSError as error:
+        named = dict(zip(map(str, parts), targets)).get(str(error.filename))
+        if named is None:
+            raise
+        raise InputError(f'{named}: cannot be written and is left as it was ({reason(error)})') from None
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path):
+    """Give an error of the system the name of the file, which writing and syncing leave out."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_file(path, save):
+    """Put what `save(file)` writes to a binary file in the place of `path`, whole or not at all.
+
+    It is held in memory first, as libraries answer a full disk each in its own way.
+    """
+    content = io.BytesIO()
+    save(content)
+    with replacing(path) as part, naming(part):
+        part.write_bytes(content.getbuffer())
+
+
+locks = []  # descriptors of the folders that this process has for itself
+
+
+@contextmanager
+def alone_in(folder):
+    """Keep other processes that ask for `folder` out of it; raises InputError if one is in there already.
+
+    The system holds the lock and drops it when the process ends, however it ends. What a killed one
+    left half written is removed. On file systems without locks (some network drives) there is nothing
+    to hold others off.
+    """
+    os.makedirs(folder, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f'{folder}: another process is writing to this folder; wait for it, stop it, '
+                             'or choose another folder') from None
+        except OSError:
+            yield
+            return
+        locks.append(descriptor)
+        for part in Path(folder).glob('*.*.part'):
+            if part.suffixes[-2][1:].isdecimal():
+                part.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            locks.remove(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def leave_locks():
+    """To be called in a forked process, which would hold the locks after the end of the one that took them."""
+    while locks:
+        os.close(locks.pop())
+
+
+class ToughFile:
+    """A file that h5py can write to on a full disk.
+
+    HDF5 crashes when a write fails while it closes a file. This one fails silently: `error` is the
+    first error of the system, after which nothing more is written.
+    """
+
+    def __init__(self, path):
+        self.path, self.file, self.error = path, open(path, 'w+b', buffering=0), None
+        self.seek, self.tell, self.read, self.readinto, self.close = (
+            getattr(self.file, name) for name in ('seek', 'tell', 'read', 'readinto', 'close')
+        )
+
+    def write(self, data):
+        return self._attempt(self._write_all, data)
+
+    def truncate(self, size):
+        return self._attempt(self.file.truncate, size)
+
+    def flush(self):
+        """Nothing is buffered."""
+
+    def _write_all(self, data):
+        rest = memoryview(data).cast('B')
+        while rest:  # a nearly full disk takes less than it was given before it takes nothing
+            rest = rest[self.file.write(rest):]
+
+    def _attempt(self, action, argument):
+        if self.error is None:
+            try:
+                action(argument)
+            except OSError as error:
+                self.error = OSError(error.errno, error.strerror, str(self.path))
+
+    def check(self):
+        if self.error is not None:
+            raise self.error
+
+
+@contextmanager
+def create_h5(path, **options):
+    """Yield (h5py.File, ToughFile) for a new HDF5 file; raises OSError if it cannot all be written.
+
+    In the format of HDF5 1.10, whose own structures have checksums.
+    """
+    storage = ToughFile(path)
+    try:
+        with h5py.File(storage, 'w', libver='v110', **options) as file:
+            yield file, storage
+    except Exception:
+        storage.check()  # where the disk was full, that is the reason
+        raise
+    finally:
+        storage.close()
+    storage.check()
+
+
+# ---- opening HDF5 files
+
+# What h5py raises for files that are damaged or that it cannot deal with.
+H5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
+
+LARGEST_RATIO = 1100  # of a dataset's size to what is stored of it; gzip's best is 1032
+
+
+@contextmanager
+def reading_h5(path, **options):
+    """`open_h5` for a with statement; whatever h5py raises inside of it becomes an InputError."""
+    with open_h5(path, **options) as file:
+        try:
+            yield file
+        except H5_ERRORS as error:
+            raise InputError(f'{path}: not a sound HDF5 file ({reason(error)}); make it again') from None
 
 
 def open_h5(path, **options):
     """Open an HDF5 file for reading, with options of h5py.File.
 
-    Raises InputError where there is none or it is damaged.
+    Raises InputError where there is none, it is damaged or another process writes to it.
     """
     if not os.path.isfile(path):
-        found = 'is a folder' if os.path.isdir(path) else 'no such file'
+        found = 'is not a file' if os.path.exists(path) else 'no such file'
         raise InputError(f'{path}: {found}; data_prepare.py makes it')
     try:
-        return h5py.File(path, 'r', **options)
-    except OSError as error:
+        try:
+            return h5py.File(path, 'r', **options)
+        except BlockingIOError:
+            raise InputError(f'{path}: another program has it open for writing; close it there') from None
+        except OSError as error:
+            if 'unable to lock file' not in str(error):
+                raise
+            return h5py.File(path, 'r', locking=False, **options)  # a file system without locks
+    except H5_ERRORS as error:
         raise InputError(f'{path}: not a sound HDF5 file ({reason(error)}); make it again') from None
 
 
@@ -126,9 +348,11 @@ def find_dataset(file, key):
     `key` is a stem of SHAPES or that stem with `chunked_` before it.
     """
     path, expected = file.filename, SHAPES[key.removeprefix('chunked_')]
-    dataset = file.get(key)
+    dataset = file.get(key) if has_own(file, key) else None
     if not isinstance(dataset, h5py.Dataset):
-        raise InputError(f"{path}: no dataset '{key}'; it holds {sorted(file)}")
+        raise InputError(f"{path}: no dataset '{key}'; it holds {list(file)[:10]}")
+    if dataset.is_virtual or dataset.external:
+        raise InputError(f"{path}: '{key}' takes its values from other files; store them in this one")
     shape = dataset.shape or ()
     fits = len(shape) == len(expected) and all(
         size == want for size, want in zip(shape, expected) if isinstance(want, int)
@@ -138,9 +362,31 @@ def find_dataset(file, key):
         raise InputError(
             f"{path}: '{key}' is {dataset.dtype} {shape}; expected numbers of shape ({wanted})"
         )
+    if len(shape) == 4 and max(shape[1:3]) > LARGEST_SIDE:
+        raise InputError(f"{path}: '{key}' is {shape}; images have {LARGEST_SIDE} x {LARGEST_SIDE} pixels at most")
     if not math.prod(shape):
         raise InputError(f"{path}: '{key}' holds no samples; prepare the data with more photographs")
+    stored = dataset.id.get_storage_size()
+    if dataset.size * dataset.dtype.itemsize > LARGEST_RATIO * stored:
+        raise InputError(f"{path}: '{key}' should hold {len(dataset)} samples and only {stored} bytes are "
+                         'stored; make the file again')
+    filters = dataset.id.get_create_plist()
+    for number in range(filters.get_nfilters()):
+        code, *_, name = filters.get_filter(number)
+        if not h5py.h5z.filter_avail(code):
+            raise InputError(f"{path}: '{key}' needs the HDF5 filter {code} ({name.decode(errors='replace')}), "
+                             'which is not installed; store it with gzip or without compression')
     return dataset
+
+
+def has_own(file, key):
+    """Whether the file itself holds an object `key`, not a link to some other place."""
+    return key in file.keys() and isinstance(file.get(key, getlink=True), h5py.HardLink)
+
+
+def has_checksums(file):
+    """Whether the file's own structures have checksums, as those of the files written here."""
+    return file.id.get_create_plist().get_version()[0] >= 2
 
 
 def source_slabs(source, dtype, scratch_folder):
@@ -217,7 +463,7 @@ def write_chunked(source, target_path, dtype, checksums):
     """Copy `source` to a new file at `target_path`, one sample a chunk, and compare what it then holds."""
     stem = source.name.strip('/').removeprefix('chunked_')
     # Without a chunk cache, chunks go straight to the file, and reading them back reads the file.
-    with h5py.File(target_path, 'w', libver='v110', rdcc_nbytes=0) as file:
+    with create_h5(target_path, rdcc_nbytes=0) as (file, storage):
         target = file.create_dataset(stem, source.shape, dtype, chunks=target_chunks(source),
                                      fletcher32=checksums)
         # The second name for the same data, which the original's data loader asks for.
@@ -226,25 +472,21 @@ def write_chunked(source, target_path, dtype, checksums):
             target.attrs[key] = value
         for key in source.file:
             if key not in file:  # whatever else the file holds goes along unchanged
-                source.file.copy(key, file)
-        if source.ndim == 2:
-            write_compared(target, 0, source[()])
-            return
+                if has_own(source.file, key):
+                    source.file.copy(key, file)
+                else:
+                    file[key] = source.file.get(key, getlink=True)
         start = 0
         name = '/'.join(Path(source.file.filename).parts[-2:])
+        slabs = source_slabs(source, target.dtype, Path(target_path).parent) if source.ndim == 4 else [source[()]]
         with tqdm(total=len(source), desc=name, unit='image', leave=False, disable=None) as bar:
-            for slab in source_slabs(source, target.dtype, Path(target_path).parent):
-                write_compared(target, start, slab)
+            for slab in slabs:
+                target[start:start + len(slab)] = slab
+                storage.check()
+                if not same_bytes(np.ascontiguousarray(slab), target[start:start + len(slab)]):
+                    raise OSError(errno.EIO, 'what was read back differs from what was written', str(target_path))
                 start += len(slab)
                 bar.update(len(slab))
-
-
-def write_compared(target, start, values):
-    """Write `values` to the samples from `start` on; raises OSError if they read back differently."""
-    rows = slice(start, start + len(values))
-    target[rows] = values
-    if not same_bytes(np.ascontiguousarray(values), target[rows]):
-        raise OSError('what was read back differs from what was written')
 
 
 def same_bytes(one, two):
@@ -264,12 +506,13 @@ def target_chunks(source):
     return (1, *source.shape[1:]) if source.ndim == 4 else source.shape
 
 
-def is_rechunked(file, stem, checksums):
+def is_rechunked(file, stem, checksums=False):
     """True if the open file already has both names on the same data in the target layout."""
-    if stem not in file or f'chunked_{stem}' not in file or file[stem] != file[f'chunked_{stem}']:
+    if not has_checksums(file) or not has_own(file, stem) or not has_own(file, f'chunked_{stem}'):
         return False
     dataset = find_dataset(file, f'chunked_{stem}')
-    return dataset.chunks == target_chunks(dataset) and dataset.fletcher32 >= checksums
+    return (file[stem] == dataset and dataset.chunks == target_chunks(dataset)
+            and dataset.fletcher32 >= checksums)
 
 
 def rechunk_file(path, force=False, checksums=False):
@@ -280,24 +523,70 @@ def rechunk_file(path, force=False, checksums=False):
     """
     path = Path(path)
     stem = path.stem
-    with open_h5(path) as file:
+    with reading_h5(path) as file:
         # A file may hold nothing but the original's `chunked_` copy.
-        key = stem if stem in file else f'chunked_{stem}'
+        key = stem if has_own(file, stem) else f'chunked_{stem}'
         source = find_dataset(file, key)
         count, stored = len(source), source.dtype
         if is_rechunked(file, stem, checksums) and not force:
             return None
     compact = np.dtype(np.uint8) if len(SHAPES[stem]) == 4 else stored
-    with replacing(path) as part:
+    with alone_in(os.path.dirname(os.path.realpath(path))), reading_h5(path) as file, replacing(path) as part:
         try:
-            with open_h5(path) as file:
-                try:
-                    write_chunked(file[key], part, compact, checksums)
-                except LossyConversion:
-                    write_chunked(file[key], part, stored, checksums)
-        except OSError as error:
-            raise InputError(f'{path}: not rechunked and left as it was ({reason(error)})') from None
+            write_chunked(file[key], part, compact, checksums)
+        except LossyConversion:
+            write_chunked(file[key], part, stored, checksums)
     return count
+
+
+# ---- a process for each file, which may crash
+
+
+def in_own_process(function, path, *arguments):
+    """`function(path, *arguments)`, called in a process of its own with bounded time and memory.
+
+    A file that was damaged or made to do harm can crash HDF5, keep it in a loop or let it ask for all
+    memory. Raises InputError where that happens, and that of the function.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.Process(target=answer, args=(sender, os.getpid(), function, path, *arguments))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        how = 'took too long' if process.exitcode == -signal.SIGALRM else f'ended with {process.exitcode}'
+        raise InputError(f'{path}: reading it {how}, as damage can cause; it is left as it was; make it '
+                         'again') from None
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
+    finally:
+        process.join()
+    if isinstance(result, InputError):
+        raise result
+    return result
+
+
+def answer(sender, parent, function, path, *arguments):
+    """What the process does; its answer is the value or the InputError."""
+    size = os.stat(path).st_size if os.path.isfile(path) else 0
+    if resource is not None:
+        signal.alarm(60 + size // 1_000_000)  # no disk is slower than a megabyte a second
+        most = (1 << 30) + 3 * size
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the parent
+        if os.getppid() != parent:
+            os._exit(1)
+    try:
+        result = function(path, *arguments)
+    except InputError as error:
+        result = error
+    except KeyboardInterrupt:  # the parent says so
+        return
+    sender.send(result)
 
 
 def rechunk(root, force=False, checksums=False):
@@ -312,7 +601,7 @@ def rechunk(root, force=False, checksums=False):
             if stem in OPTIONAL and not path.exists():
                 continue
             before, start = path.stat().st_size if path.exists() else 0, time.perf_counter()
-            count = rechunk_file(path, force, checksums)
+            count = in_own_process(rechunk_file, path, force, checksums)
             if count is None:
                 print(f'{path}: already rechunked, nothing to do')
                 continue

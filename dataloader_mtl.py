@@ -18,7 +18,8 @@ from torch.utils.data import Dataset, default_collate
 from torchvision import ops, tv_tensors
 from torchvision.transforms import v2
 
-from data_rechunk import MASK_UNKNOWN, OPTIONAL, SHAPES, InputError, find_dataset, open_h5, reason
+from data_rechunk import (H5_ERRORS, MASK_UNKNOWN, OPTIONAL, SHAPES, InputError, find_dataset, has_own,
+                          is_rechunked, open_h5, reading_h5, reason)
 
 # Of the training images, per RGB channel, for values in [0, 1].
 MEAN = (0.4773, 0.4458, 0.3949)
@@ -82,6 +83,15 @@ def collate(samples):
     return samples.batch if isinstance(samples, Samples) else default_collate(samples)
 
 
+def identity(dataset):
+    """What a dataset and its copies have in common: shape, type and preparation, or else the file itself."""
+    preparation = dataset.attrs.get('preparation')
+    if preparation is None:
+        status = os.fstat(dataset.file.id.get_vfd_handle())
+        preparation = status.st_dev, status.st_ino, status.st_mtime_ns
+    return dataset.shape, dataset.dtype, str(preparation)
+
+
 class SampleReader:
     """Reads samples of one dataset of an HDF5 file that stores each as one chunk."""
 
@@ -131,7 +141,9 @@ class MTLDataset(Dataset):
         labelled: dict of bool arrays (N,), for 'class', 'mask' and 'box' whether the sample has it.
 
     Files are opened once in each process that reads them, so the dataset can be pickled, forked and
-    spawned. Raises InputError for files that are missing, damaged or do not belong together.
+    spawned. They may be replaced in the meantime by files of the same preparation, as data_rechunk.py
+    does. Raises InputError for files that are missing, damaged, replaced by others or do not belong
+    together.
     """
 
     def __init__(self, type='train', transform=None, root='datasets/data_new', label='auto', jitter=0):
@@ -188,6 +200,10 @@ class MTLDataset(Dataset):
                 self._read('masks', index, masks[row])
         images, masks = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in (images, masks))
         if images.is_floating_point():
+            wrong = ~images.isfinite().flatten(1).all(dim=1)
+            if wrong.any():
+                raise InputError(f'{self._path("images")}: sample {indices[int(wrong.nonzero()[0])]} holds values '
+                                 'that are no numbers; make the file again')
             images /= 255  # stored as 0-255 whatever the type; torchvision's floats are 0-1
         return images, torch.from_numpy(self.bboxes[indices]), masks
 
@@ -227,7 +243,14 @@ class MTLDataset(Dataset):
         if self._pid != os.getpid():  # first use, or a forked worker, which must not share handles
             self._files, self._pid = {}, os.getpid()
         if stem not in self._files:
-            self._files[stem] = SampleReader(self._path(stem), f'chunked_{stem}')
+            try:
+                reader = SampleReader(self._path(stem), f'chunked_{stem}')
+                same = identity(reader.dataset) == self._identities[stem]
+            except H5_ERRORS:
+                same = False
+            if not same:
+                raise InputError(f'{self._path(stem)}: was replaced by other data while it was in use; start again')
+            self._files[stem] = reader
         return self._files[stem]
 
     def _new(self, stem, count):
@@ -238,7 +261,7 @@ class MTLDataset(Dataset):
     def _read(self, stem, index, out):
         try:
             self._reader(stem).read(index, out)
-        except OSError as error:
+        except H5_ERRORS as error:
             raise InputError(f'{self._path(stem)}: sample {index} is damaged ({reason(error)}); '
                              'make the file again') from None
 
@@ -256,23 +279,30 @@ class MTLDataset(Dataset):
 
     def _check_files(self):
         """All files open, of the right shapes and lengths, and made by one preparation."""
-        lengths, sizes, preparations = {}, {}, {}
+        lengths, sizes, preparations, self._identities = {}, {}, {}, {}
         for stem in SHAPES:
             path = self._path(stem)
             if stem in OPTIONAL and not path.exists():
                 continue
-            with open_h5(path) as file:
-                if f'chunked_{stem}' not in file:
+            with reading_h5(path) as file:
+                if not has_own(file, f'chunked_{stem}'):
                     raise InputError(f"{path}: no 'chunked_{stem}'; run python data_rechunk.py "
                                      f'--data {self.folder.parent}')
                 dataset = find_dataset(file, f'chunked_{stem}')
+                if not is_rechunked(file, stem):
+                    raise InputError(f'{path}: not as data_rechunk.py stores it; run python data_rechunk.py '
+                                     f'--data {self.folder.parent}')
                 lengths[stem] = len(dataset)
-                preparations[stem] = dataset.attrs.get('preparation')
+                self._identities[stem] = identity(dataset)
+                preparations[stem] = dataset.attrs.get('preparation') and str(dataset.attrs['preparation'])
                 if dataset.ndim == 4:
                     sizes[stem] = dataset.shape[1:3]
                 if stem == 'images' and dataset.dtype.kind == 'f' and dataset[0].max() <= 1:
                     raise InputError(f'{path}: the first image has no value above 1; '
                                      'images are expected as 0 to 255')
+                if stem == 'images' and dataset.dtype.kind != 'f' and dataset.dtype != np.uint8:
+                    raise InputError(f"{path}: 'chunked_images' is {dataset.dtype}, so some value is not "
+                                     'from 0 to 255; write such values and rechunk again')
                 if stem == 'masks' and dataset.dtype != np.uint8:
                     raise InputError(f"{path}: 'chunked_masks' is {dataset.dtype}, so some value is "
                                      'not 0, 1 or 255; write whole numbers and rechunk again')
@@ -285,7 +315,7 @@ class MTLDataset(Dataset):
         self.preparation = preparations['images']
 
     def _read_table(self, stem):
-        with open_h5(self._path(stem)) as file:
+        with reading_h5(self._path(stem)) as file:
             return file[f'chunked_{stem}'][()]
 
     def _read_labels(self, stem, n_classes):
@@ -293,13 +323,13 @@ class MTLDataset(Dataset):
         values = self._read_table(stem)[:, 0]
         wrong = np.flatnonzero(~((values >= -1) & (values < n_classes) & (values == np.rint(values))))
         if len(wrong):
-            raise InputError(f'{self._path(stem)}: sample {wrong[0]} has label {values[wrong[0]]:g}; '
+            raise InputError(f'{self._path(stem)}: sample {wrong[0]} has label {float(values[wrong[0]]):g}; '
                              f'expected a whole number from 0 to {n_classes - 1}, or -1 for unknown')
         return values.astype(np.int64)
 
     def _breed_names(self):
         path = self._path('breeds')
-        with open_h5(path) as file:
+        with reading_h5(path) as file:
             names = file['chunked_breeds'].attrs.get('class_names')
         if not isinstance(names, np.ndarray) or names.ndim != 1 or not len(names):
             raise InputError(f"{path}: no attribute 'class_names' with the breeds' names; prepare the "

@@ -5,23 +5,29 @@ The training scripts say which network and which weighting of the tasks' losses;
     args = engine.training_parser(__doc__, out='runs/mtl').parse_args()
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
 
-A run writes to its folder log.csv, curves.png, last.pt (to go on from), best.pt (the weights with the
-best validation Dice) and, at the end, metrics.json with the test figures of best.pt.
+A run writes to its folder log.csv, curves.png, last.pt (to go on from) and previous.pt (the one before
+it), best.pt (the weights with the best validation Dice) and, at the end, metrics.json with the test
+figures of best.pt. On a CPU a run that was interrupted and resumed, wherever that was, ends with the
+weights of an uninterrupted one, bit for bit: every random number comes from a seed made of --seed, the
+epoch and the step.
 """
 
 import argparse
 import csv
 import ctypes
+import io
 import json
 import math
 import os
-import pickle
 import platform
 import random
+import shutil
+import signal
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,16 +39,20 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import models
 import utils
-from data_rechunk import InputError, reason, replacing, whole_number
+from data_rechunk import (LARGEST_SIDE, STOPPING, InputError, Interrupted, alone_in, handle_signals,
+                          leave_locks, naming, networks_take, reason, replacing, whole_number, write_file)
 from dataloader_mtl import MTLDataset, collate, training_transform
 
 MODEL_FORMAT = 'segmentation-mtl model 1'
-TRAINING_FORMAT = 'segmentation-mtl training 1'
+TRAINING_FORMAT = 'segmentation-mtl training 2'
+
+NETWORKS = {network.__name__: network
+            for network in (models.MTLNet, models.UNet, models.AblatedNet, models.AblatedNet2)}
 
 JITTER = 0.3  # of colour in training
 MASK_REPEATS = 3  # times that a photograph with a mask comes in an epoch where masks are rare
@@ -88,18 +98,21 @@ def training_parser(description, out):
         help='prepared and rechunked splits (default: %(default)s)')
     add('--epochs', type=whole_number(1), default=30, help='passes over the data (default: %(default)s)')
     add('--batch-size', type=whole_number(1), default=16, help='default: %(default)s')
-    add('--lr', type=learning_rate, default=3e-3, help='highest learning rate (default: %(default)s)')
+    add('--lr', type=positive_number, default=3e-3, help='highest learning rate (default: %(default)s)')
     add('--seed', type=whole_number(0), default=0, help='of weights, order and augmentation (default: %(default)s)')
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='default: %(default)s')
     add('--workers', type=whole_number(0), default=1, help='loading processes (default: %(default)s)')
     add('--out', default=out, metavar='DIR', help=f"the run's folder (default: {out or 'named after the experiment'})")
-    add('--resume', action='store_true', help='go on from last.pt in --out')
+    add('--resume', nargs='?', const='last', choices=('last', 'auto'),
+        help='go on from last.pt in --out; auto: from the newest sound checkpoint there, or start if there is none')
+    add('--checkpoint-minutes', type=positive_number, default=10, metavar='MINUTES',
+        help='write last.pt this often within an epoch, too (default: %(default)s)')
     add('--limit-batches', type=whole_number(1), metavar='N',
         help='take N times the batch size of each split only, for a quick trial')
     return parser
 
 
-def learning_rate(text):
+def positive_number(text):
     try:
         value = float(text)
     except ValueError:
@@ -202,11 +215,11 @@ def load_split(args, split, tasks=None):
     """The dataset of a split and the Subset of it that has a label for at least one of `tasks`."""
     dataset = MTLDataset(split, root=args.data)
     height, width = dataset.image_size
-    if min(height, width) < 64 or height % 16 or width % 16:
+    if not networks_take(height, width):
         raise InputError(f'{dataset.folder}: images of {width} x {height} pixels; the networks take '
-                         'multiples of 16 from 64 up')
+                         f'multiples of 16 from 64 to {LARGEST_SIDE}')
     indices = dataset.with_labels(tasks) if tasks else list(range(len(dataset)))
-    if not indices:
+    if not indices and split == 'train':
         raise InputError(f'{dataset.folder}: no sample has a label for {" or ".join(tasks)}')
     if args.limit_batches:
         wanted = min(len(indices), args.limit_batches * args.batch_size)
@@ -219,10 +232,13 @@ def to_device(batch, device):
     return image.contiguous(memory_format=torch.channels_last), *targets
 
 
-def seed_everything(seed):
+def seed_everything(*key):
+    """Seed Python, numpy and torch with what becomes of up to four whole numbers; returns the seed."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
+    return seed
 
 
 def training_positions(part):
@@ -245,8 +261,100 @@ def batches_of(order, batch_size):
     most. Each element of `order` is in one share of one batch.
     """
     rank, size = rank_and_size()
-    batches = torch.as_tensor(order).tensor_split(math.ceil(len(order) / batch_size))
+    batches = torch.as_tensor(order).tensor_split(max(1, math.ceil(len(order) / batch_size)))
     return [batch[rank::size].tolist() for batch in batches]
+
+
+class EpochBatches(Dataset):
+    """This process's shares of an epoch's batches of the Subset `part`; item i is that of batch i, collated.
+
+    Each is drawn from a seed of its own, so that neither the number of loading processes nor an
+    interruption changes what is drawn.
+    """
+
+    def __init__(self, part, batches, seed, epoch):
+        self.part, self.batches, self.key = part, batches, (seed, epoch)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, number):
+        self.seed(number, 0)
+        return collate(self.part.__getitems__(self.batches[number]))
+
+    def seed(self, number, use):
+        """Seed this process for loading (use 0) or training on (use 1) batch `number`."""
+        rank, _ = rank_and_size()
+        seed_everything(*self.key, number + 1, 2 * rank + use)
+
+    def samples(self, number):
+        """The indices in the split's files of batch `number`."""
+        return [self.part.indices[position] for position in self.batches[number]]
+
+    def loader(self, start, workers, device):
+        """A DataLoader of the batches from `start` on."""
+        return DataLoader(self, batch_size=None, sampler=range(start, len(self)), num_workers=workers,
+                          worker_init_fn=start_worker, pin_memory=device.type == 'cuda')
+
+
+def start_worker(number):
+    """What stops the training does not stop a loading process, or the step could not be finished."""
+    leave_locks()
+    if hasattr(signal, 'pthread_sigmask'):
+        for each in STOPPING:
+            signal.signal(each, signal.SIG_IGN)
+        # The DataLoader ends its processes itself. Should it not, SIGTERM does so a minute later.
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+def started(loader):
+    """`iter(loader)`, with signals held off from its processes until `start_worker` has dealt with them."""
+    if not hasattr(signal, 'pthread_sigmask'):
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Interruption:
+    """While it is entered, SIGINT, SIGTERM and SIGHUP wait for the next `check`."""
+
+    def __init__(self):
+        self.number = self.since = 0
+
+    def __enter__(self):
+        self.before = handle_signals(self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        now = time.monotonic()
+        if self.number and number == signal.SIGINT and now - self.since > 1:
+            raise KeyboardInterrupt  # someone is impatient
+        if not self.number:
+            self.number, self.since = number, now
+
+    def check(self):
+        """Raises Interrupted if a signal has come."""
+        if self.number:
+            raise Interrupted(self.number)
+
+    def check_together(self, due, device):
+        """The same for all processes at once; also whether `due` is true in any of them."""
+        if not dist.is_initialized():
+            self.check()
+            return due
+        asked = torch.tensor([self.number, due], device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        self.number, due = asked.tolist()
+        self.check()
+        return bool(due)
 
 
 # ---- one epoch
@@ -307,56 +415,72 @@ class Objective(nn.Module):
 class Means:
     """The mean of each task's loss over the samples that have its label, however they are batched."""
 
-    def __init__(self):
-        self.sums, self.counts = Counter(), Counter()
+    def __init__(self, sums=(), counts=()):
+        self.sums, self.counts = Counter(sums), Counter(counts)
 
     def add(self, losses):
         for task, (loss, count) in losses.items():
             self.sums[task] += loss.item() * count
             self.counts[task] += count
 
-    def result(self):
-        """{'loss_<task>': mean} over all processes."""
+    def totals(self):
+        """({task: sum}, {task: count}) over all processes."""
         parts = gathered((self.sums, self.counts))
         sums, counts = ({task: sum(part[i][task] for part in parts) for task in TASKS} for i in (0, 1))
+        return {task: float(total) for task, total in sums.items()}, counts
+
+    def result(self):
+        """{'loss_<task>': mean} over all processes."""
+        sums, counts = self.totals()
         return {f'loss_{task}': sums[task] / counts[task] for task in TASKS if counts[task]}
 
 
-def train_one_epoch(run, loader, description):
-    """One pass over `loader`; returns {'loss_<task>': mean over the samples that have the label}."""
+def train_one_epoch(run, loader, description, before_step=lambda: None):
+    """The rest of an epoch, one step for each batch of `loader`, a loader of EpochBatches.
+
+    `run.steps` is the number of steps of the epoch that are done. Returns {'loss_<task>': mean over the
+    samples that have the label} of the whole epoch.
+    """
     run.model.train()
-    means, seen = Means(), 0
-    total_samples = sum(map(len, loader.batch_sampler))
+    epoch = loader.dataset
+    total_samples, done = (sum(map(len, epoch.batches[:end])) for end in (None, run.steps))
     disable = None if is_first_process() else True  # None: a bar on a terminal, none in a log
-    with tqdm(total=total_samples, desc=description, unit='img', leave=False, disable=disable) as bar:
-        for batch in loader:
+    with tqdm(total=total_samples, initial=done, desc=description, unit='img', leave=False, disable=disable) as bar:
+        for batch in started(loader):
+            before_step()
+            epoch.seed(run.steps, 1)
             total, losses = run.objective(to_device(batch, run.device))
-            require_finite(total, losses)
+            if not total.isfinite():
+                raise not_finite(description, run.steps, epoch, total, losses)
             run.optimizer.zero_grad()
             total.backward()
             run.optimizer.step()
             run.schedule.step()
             run.average.update_parameters(run.model)
-            means.add(losses)
-            seen += len(batch[0])
+            run.means.add(losses)
+            run.steps += 1
+            done += len(batch[0])
             bar.set_postfix(loss=f'{total.item():.3f}', refresh=False)
             bar.update(len(batch[0]))
-    assert seen == total_samples, 'the loader must give each sample once'
-    return means.result()
+    assert done == total_samples, 'the loader must give each sample once'
+    return run.means.result()
 
 
-def require_finite(total, losses):
-    if not total.isfinite():
-        shown = ', '.join(f'{task} {loss.item():.3g}' for task, (loss, _) in losses.items())
-        raise InputError(f'the loss is {total.item()} ({shown}); training stopped and what was saved '
-                         'before is kept; try a lower --lr')
+def not_finite(description, step, epoch, total, losses):
+    """The InputError for a loss that is not finite."""
+    shown = ', '.join(f'{task} {loss.item():.3g}' for task, (loss, _) in losses.items())
+    return InputError(
+        f'{description}, step {step + 1} of {len(epoch)}: the loss is {total.item()} ({shown}) for the samples '
+        f'{" ".join(map(str, sorted(epoch.samples(step))))} of {epoch.part.dataset.folder}; nothing was saved since '
+        'it went wrong; try a lower --lr, with --resume or another --out, or look at these samples'
+    )
 
 
 @torch.inference_mode()
-def evaluate(model, dataset, device, batch_size=32, workers=0, bfloat16=False):
+def evaluate(model, dataset, device, batch_size=32, workers=0, bfloat16=False, before_batch=lambda: None):
     """The figures of `model` on `dataset`, each a mean over the samples that have the label.
 
-    Computed in evaluation mode; the model's mode is restored. Several processes share the samples and
+    Computed in evaluation mode; the model's mode is restored. `before_batch` may raise. Several processes share the samples and
     all return the figures over all of them. Returns a dict of float with the keys of METRICS and
     'loss_<task>', without those of tasks that the network does not have or for which no sample has a
     label.
@@ -365,7 +489,10 @@ def evaluate(model, dataset, device, batch_size=32, workers=0, bfloat16=False):
     model.eval()
     values, means, seen = {name: [] for name in METRICS}, Means(), 0
     batches = filter(None, batches_of(range(len(dataset)), batch_size))
-    for batch in DataLoader(dataset, batch_sampler=list(batches), num_workers=workers, collate_fn=collate):
+    loader = DataLoader(dataset, batch_sampler=list(batches), num_workers=workers, collate_fn=collate,
+                        worker_init_fn=start_worker)
+    for batch in started(loader):
+        before_batch()
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             outputs, batch = forward(model, to_device(batch, device))
         for name, metric in METRICS.items():
@@ -383,7 +510,7 @@ def evaluate(model, dataset, device, batch_size=32, workers=0, bfloat16=False):
 
 
 def report(title, figures):
-    print(title)
+    print(title if figures else f'{title}: no sample has a label')
     for name, metric in METRICS.items():
         if name in figures:
             print(f'  {metric.printed}: {figures[name]:.4f}')
@@ -392,31 +519,66 @@ def report(title, figures):
 # ---- checkpoints
 
 
-def save(content, path):
-    with replacing(path) as part:
-        torch.save(content, part)
-
-
 def load_checkpoint(path, expected, device='cpu'):
-    """Read a checkpoint of the `expected` format; raises InputError for any other file."""
+    """Read a checkpoint of the `expected` format; raises InputError for any other file.
+
+    No code in the file runs, and a single changed bit is noticed.
+    """
+    if not os.path.isfile(path):
+        found = 'is not a file' if os.path.exists(path) else 'no such file'
+        raise InputError(f'{path}: {found}; the training scripts make it')
     try:
+        check_archive(path)
         content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f'{path}: no such file; the training scripts make it') from None
-    except pickle.UnpicklingError:  # its message is about torch.load's options
-        raise InputError(f'{path}: not a sound checkpoint (not one of plain weights); the training '
-                         'scripts write such files') from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise InputError(f'{path}: not a sound checkpoint ({reason(error)[:100]})') from None
+    except Exception as error:  # torch.load lets through whatever damage makes it raise
+        said = 'it holds more than plain weights' if 'weights_only' in str(error) else reason(error)
+        raise InputError(f"{path}: not a sound checkpoint ({said}); expected '{expected}', which the training "
+                         'scripts write') from None
     found = content.get('format') if isinstance(content, dict) else None
     if found != expected:
-        what = f"a '{found}' file" if found else 'another kind of PyTorch file'
+        what = f'a file of the format {found!r:.50}' if found else 'another kind of PyTorch file, such as a state dict'
         raise InputError(f"{path}: {what}; expected '{expected}', which the training scripts write")
     return content
 
 
-def network_arguments(network, dataset):
-    classes = {'n_classes': len(dataset.class_names)} if 'class' in network.tasks else {}
+def check_archive(path):
+    """Raises ValueError for an archive that torch.save did not write or that has changed since.
+
+    It writes a zip file, uncompressed, with a checksum of each member, which torch.load ignores.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError('a compressed archive')
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"its part '{damaged}' is damaged")
+
+
+def difference(mine, other, where=''):
+    """The first place where two nested values are of different kinds, '' if there is none.
+
+    Kinds are types, the keys of dicts, the lengths of lists, and the shapes and types of tensors.
+    """
+    if type(mine) is not type(other):
+        return f'{where} is {type(other).__name__}'
+    if isinstance(mine, torch.Tensor):
+        same = (mine.shape, mine.dtype, mine.layout) == (other.shape, other.dtype, other.layout)
+        return '' if same else f'{where} is {other.dtype} {tuple(other.shape)}'
+    if isinstance(mine, dict):
+        if mine.keys() != other.keys():
+            return f'{where} has other entries'
+        pairs = [(key, mine[key], other[key]) for key in mine]
+    elif isinstance(mine, (list, tuple)):
+        if len(mine) != len(other):
+            return f'{where} has {len(other)} entries'
+        pairs = zip(range(len(mine)), mine, other)
+    else:
+        return ''
+    return next(filter(None, (difference(a, b, f'{where} {key}'.strip()) for key, a, b in pairs)), '')
+
+
+def network_arguments(network, class_names):
+    classes = {'n_classes': len(class_names)} if 'class' in network.tasks else {}
     return {'c_in': 3, 'c_out_seg': 1, **classes}
 
 
@@ -425,7 +587,7 @@ def model_content(network, model, dataset):
     return {
         'format': MODEL_FORMAT,
         'network': network.__name__,
-        'arguments': network_arguments(network, dataset),
+        'arguments': network_arguments(network, dataset.class_names),
         'class_names': dataset.class_names,
         'image_size': list(dataset.image_size),
         'weights': model.state_dict(),
@@ -440,14 +602,30 @@ def load_model(path='mtl_model.pt', device='cpu'):
     """
     content = load_checkpoint(path, MODEL_FORMAT)
     try:
-        model = getattr(models, content['network'])(**content['arguments'])
-        model.load_state_dict(content['weights'])
-        model.class_names = content['class_names']
-        model.image_size = tuple(content['image_size'])
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f'{path}: does not fit the networks of models.py '
-                         f'({reason(error)[:100]}); train it again') from None
+        network, names, size = (content[key] for key in ('network', 'class_names', 'image_size'))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError('its class names are no list of names')
+        if not isinstance(size, list) or [type(side) for side in size] != [int, int] or not networks_take(*size):
+            raise ValueError('its image size is not one that the networks take')
+        arguments = network_arguments(NETWORKS[network], names)
+        with torch.device('meta'):  # nothing is allocated but what the file holds
+            model = NETWORKS[network](**arguments)
+        wrong = (difference(arguments, content['arguments'], 'arguments')
+                 or difference(model.state_dict(), content['weights'], 'weights'))
+        if wrong or arguments != content['arguments']:
+            raise ValueError(wrong or 'other arguments')
+        model.load_state_dict(content['weights'], assign=True)
+        if not is_finite(model):
+            raise ValueError('some of its weights are not finite')
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise InputError(f'{path}: does not fit the networks of models.py ({reason(error)}); train it '
+                         'again') from None
+    model.class_names, model.image_size = names, tuple(size)
     return model.to(device).eval()
+
+
+def is_finite(module):
+    return all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
 
 
 # ---- a run
@@ -461,7 +639,7 @@ class Run:
     def __init__(self, network, weighting, dataset, total_steps, args):
         self.device = choose_device(args.device)
         self.bfloat16 = has_fast_bfloat16(self.device)
-        model = network(**network_arguments(network, dataset))
+        model = network(**network_arguments(network, dataset.class_names))
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.weighting = weighting.to(self.device)
         self.objective = Objective(self.model, self.weighting, self.bfloat16)
@@ -482,23 +660,148 @@ class Run:
         decay = max(0, min(0.999, 1 - 20 / total_steps))
         self.average = AveragedModel(self.model, multi_avg_fn=moving_average(decay), use_buffers=True)
         self.history, self.best = [], None  # a dict for each epoch; the best of them
+        # Of the epoch under way: the steps that are done, their losses and the seconds of earlier processes.
+        self.steps, self.means, self.seconds = 0, Means(), 0.0
+        self.start_clock()
+
+    def start_clock(self):
+        self.started = time.perf_counter() - self.seconds
+
+    def clock(self):
+        """Seconds that went into the epoch under way, in this process and before."""
+        return time.perf_counter() - self.started
+
+    def add(self, row):
+        """End the epoch with its row of figures; returns whether it is the best so far."""
+        self.history.append(row)
+        self.steps, self.means, self.seconds = 0, Means(), 0.0
+        self.start_clock()
+        # Where no validation photograph has a mask, the last epoch is the best.
+        is_best = self.best is None or not row.get('val_dice', math.nan) <= self.best.get('val_dice', math.nan)
+        if is_best:
+            self.best = row
+        return is_best
+
+    def position(self):
+        """(epoch from 1, steps of it that are done)."""
+        return len(self.history) + 1, self.steps
 
     def state(self, config):
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        return {'format': TRAINING_FORMAT, 'config': config, 'history': self.history,
-                'best': self.best, **parts}
+        sums, counts = self.means.totals()
+        return {'format': TRAINING_FORMAT, 'config': config, 'history': self.history, 'best': self.best,
+                'steps': self.steps, 'sums': sums, 'counts': counts, 'seconds': self.clock(), **parts}
 
-    def restore(self, path, config):
-        content = load_checkpoint(path, TRAINING_FORMAT, self.device)
-        old = content['config']
-        changed = [f'{key} was {old.get(key)} and is {value}' for key, value in config.items()
-                   if old.get(key) != value]
-        if changed:
-            raise InputError(f'{path}: another configuration, {", ".join(changed)}; use the same '
-                             'options, or another --out')
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(content[name])
-        self.history, self.best = content['history'], content['best']
+    def restore(self, content, path, config, epoch_steps):
+        """Go on from the `content` of the checkpoint `path`; raises InputError if it is another run's."""
+        try:
+            old = content['config']
+            changed = [f'{key} was {old.get(key)} and is {value}' for key, value in config.items()
+                       if old.get(key) != value]
+            if changed:
+                raise InputError(f'{path}: another configuration, {", ".join(changed)}; use the same '
+                                 'options, or another --out')
+            history, best = content['history'], content['best']
+            mine = self.state(config) | {'history': history, 'best': best}
+            moments = {'step': torch.tensor(0.0), 'exp_avg': None, 'exp_avg_sq': None}
+            parameters = [p for group in self.optimizer.param_groups for p in group['params']]
+            mine['optimizer']['state'] = {
+                number: moments | dict.fromkeys(('exp_avg', 'exp_avg_sq'), parameters[number].detach())
+                for number in content['optimizer']['state'] if number in range(len(parameters))
+            }
+            wrong = difference(mine, content)
+            rows = history if best is None else [*history, best]
+            if not all(isinstance(figure, (int, float)) for row in rows for figure in row.values()):
+                wrong = 'its history holds something other than numbers'
+            if wrong or not 0 <= content['steps'] <= epoch_steps or len(history) > config['epochs']:
+                raise ValueError(wrong or f'{len(history)} epochs and {content["steps"]} steps')
+            for name in self.PARTS:
+                getattr(self, name).load_state_dict(content[name])
+            if not all(map(is_finite, (self.model, self.weighting, self.average))):
+                raise ValueError('some of its weights are not finite')
+        except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise InputError(f'{path}: does not fit this training ({reason(error)}); start anew with '
+                             'another --out') from None
+        if best is not None:
+            load_model(path.parent / 'best.pt')  # will be needed at the end
+        self.history, self.best, self.steps, self.seconds = history, best, content['steps'], content['seconds']
+        self.start_clock()
+        if is_first_process():  # it has the sums over all processes
+            self.means = Means(content['sums'], content['counts'])
+
+
+class Saving:
+    """Writes last.pt when it is time, and when a signal asks the run to stop."""
+
+    def __init__(self, run, config, folder, minutes, interruption):
+        self.run, self.config, self.folder = run, config, folder
+        self.seconds, self.interruption = 60 * minutes, interruption
+        self.position, self.time = run.position(), time.monotonic()
+
+    def before_step(self):
+        due = time.monotonic() - self.time > self.seconds and self.run.position() != self.position
+        if self.interruption.check_together(due, self.run.device):
+            self.write()
+
+    def write(self):
+        require_finite(self.run)
+        state = self.run.state(self.config)
+        if is_first_process():
+            save_state(state, self.folder)
+        self.position, self.time = self.run.position(), time.monotonic()
+
+    def interrupted(self, stop):
+        """Write what is new; returns the Interrupted that says how to go on."""
+        if self.run.position() != self.position:
+            self.write()
+        epoch, steps = self.position
+        if (epoch, steps) == (1, 0):
+            return stop
+        return Interrupted(stop.number, f'interrupted in epoch {epoch}, after {steps} steps of it; '
+                           f'{self.folder}/last.pt is written; go on with the same command and --resume')
+
+
+def require_finite(run):
+    """Raises InputError if the weights are not numbers any more, before they replace any that are."""
+    if not is_finite(run.model) or not is_finite(run.average):
+        epoch, steps = run.position()
+        raise InputError(f'epoch {epoch}, step {steps}: the loss was finite and the weights are not any more; '
+                         'what was saved before is kept; try a lower --lr, with --resume or another --out')
+
+
+def save_state(state, folder):
+    """Write last.pt; the one before it stays as previous.pt."""
+    last = folder / 'last.pt'
+    if last.exists():
+        with replacing(folder / 'previous.pt') as part, naming(part):
+            part.unlink()
+            try:
+                os.link(last, part)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(last, part)
+    write_file(last, lambda file: torch.save(state, file))
+    (folder / 'metrics.json').unlink(missing_ok=True)  # of a finished run, which this one is not
+
+
+def find_state(folder, resume, device):
+    """(content, path) of the checkpoint to go on from as --resume asks; (None, None) to start anew."""
+    last, previous = folder / 'last.pt', folder / 'previous.pt'
+    if resume is None:
+        if last.exists() and not (folder / 'metrics.json').exists():
+            raise InputError(f'{folder}: holds an unfinished run; --resume goes on with it; to start anew, remove '
+                             'its last.pt or give another --out')
+        return None, None
+    if resume == 'last':
+        return load_checkpoint(last, TRAINING_FORMAT, device), last
+    for path in last, previous:
+        if os.path.lexists(path):
+            try:
+                return load_checkpoint(path, TRAINING_FORMAT, device), path
+            except InputError as error:
+                say(f'warning: {error}; kept as damaged.pt')
+                os.replace(path, folder / 'damaged.pt')
+    say(f'{folder}: no sound checkpoint to go on from; starting anew')
+    return None, None
 
 
 def moving_average(decay):
@@ -517,13 +820,13 @@ def train(network, weighting, args, after_epoch=None):
 
     `after_epoch(row, model)`, if given, is called with each new row of log.csv and the averaged model.
     """
-    with process_group(args.device):
-        return train_in_group(network, weighting, args, after_epoch)
-
-
-def train_in_group(network, weighting, args, after_epoch):
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    with process_group(args.device), Interruption() as interruption, \
+            alone_in(out) if is_first_process() else nullcontext():
+        return train_in_group(network, weighting, args, out, interruption, after_epoch)
+
+
+def train_in_group(network, weighting, args, out, interruption, after_epoch):
     keep_freed_memory()
     seed_everything(args.seed)
     train_set, train_part = load_split(args, 'train', network.tasks)
@@ -548,64 +851,64 @@ def train_in_group(network, weighting, args, after_epoch):
         'processes': processes,
         'train_samples': len(train_part),
         'preparation': train_set.preparation,
-        **{name: getattr(args, name)
-           for name in ('data', 'epochs', 'batch_size', 'lr', 'seed', 'workers', 'limit_batches')},
+        **{name: getattr(args, name) for name in ('data', 'epochs', 'batch_size', 'lr', 'seed', 'limit_batches')},
     }
-    if args.resume:
-        run.restore(out / 'last.pt', config)
+    found, path = find_state(out, args.resume, run.device)
+    if found is not None:
+        run.restore(found, path, config, steps)
+        say(f'going on from {path}, epoch {len(run.history) + 1}, step {run.steps} of {steps}')
     say(', '.join(f'{name} {value}' for name, value in config.items()))
+    saving = Saving(run, config, out, args.checkpoint_minutes, interruption)
+    # Several processes look for signals where all of them come by: in training.
+    check = interruption.check if processes == 1 else lambda: None
+    try:
+        for epoch in range(len(run.history) + 1, args.epochs + 1):
+            train_set.transform = training_transform(*training_size(epoch, args.epochs, train_set.image_size))
+            shuffle = torch.Generator().manual_seed(seed_everything(args.seed, epoch))
+            order = positions[torch.randperm(len(positions), generator=shuffle)]
+            batches = EpochBatches(train_part, batches_of(order, args.batch_size), args.seed, epoch)
+            loader = batches.loader(run.steps, args.workers, run.device)
+            run.start_clock()
+            losses = train_one_epoch(run, loader, f'epoch {epoch}/{args.epochs}', saving.before_step)
+            seconds = run.clock()
+            require_finite(run)
+            if dist.is_initialized():  # each process has batch statistics of its own; the first's are saved
+                for buffer in run.average.buffers():
+                    dist.broadcast(buffer, 0)
+            figures = evaluate(run.average.module, val_part, run.device, workers=args.workers,
+                               bfloat16=run.bfloat16, before_batch=check)
+            row = {
+                'epoch': epoch,
+                'lr': run.schedule.get_last_lr()[0],
+                **{f'train_{name}': value for name, value in losses.items()},
+                **{f'val_{name}': value for name, value in figures.items()},
+                'train_seconds': seconds,
+                'images_per_second': len(positions) / seconds,
+                'total_seconds': run.clock(),
+            }
+            if run.add(row) and is_first_process():
+                best = model_content(network, run.average.module, train_set)
+                write_file(out / 'best.pt', lambda file: torch.save(best, file))
+            if is_first_process():
+                write_log(run.history, out / 'log.csv')
+                draw_curves(run.history, out / 'curves.png')
+            saving.write()  # at last: who goes on from the checkpoint before it writes all of these again
+            say(epoch_line(row, args.epochs))
+            if after_epoch:
+                after_epoch(row, run.average.module)
+        gathered(None)  # the others wait here until best.pt is written
+        model = load_model(out / 'best.pt', run.device)
+        test = evaluate(model, test_part, run.device, workers=args.workers, before_batch=check)
+    except Interrupted as stop:
+        raise saving.interrupted(stop) from None
 
-    for epoch in range(len(run.history) + 1, args.epochs + 1):
-        # Seeded anew for each epoch, so that a resumed run draws what the uninterrupted one drew.
-        seed = args.seed * 100_003 + epoch
-        seed_everything(seed * processes + rank)
-        train_set.transform = training_transform(*training_size(epoch, args.epochs, train_set.image_size))
-        order = positions[torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))]
-        loader = DataLoader(train_part, batch_sampler=batches_of(order, args.batch_size),
-                            num_workers=args.workers, pin_memory=run.device.type == 'cuda',
-                            collate_fn=collate)
-        start = time.perf_counter()
-        losses = train_one_epoch(run, loader, f'epoch {epoch}/{args.epochs}')
-        seconds = time.perf_counter() - start
-        if dist.is_initialized():  # each process has batch statistics of its own; the first's are saved
-            for buffer in run.average.buffers():
-                dist.broadcast(buffer, 0)
-        figures = evaluate(run.average.module, val_part, run.device, workers=args.workers,
-                           bfloat16=run.bfloat16)
-        row = {
-            'epoch': epoch,
-            'lr': run.schedule.get_last_lr()[0],
-            **{f'train_{name}': value for name, value in losses.items()},
-            **{f'val_{name}': value for name, value in figures.items()},
-            'train_seconds': seconds,
-            'images_per_second': len(positions) / seconds,
-            'total_seconds': time.perf_counter() - start,
-        }
-        run.history.append(row)
-        # Where no validation photograph has a mask, the last epoch is the best.
-        is_best = run.best is None or not row.get('val_dice', math.nan) <= run.best.get('val_dice', math.nan)
-        if is_best:
-            run.best = row
-        if is_first_process():
-            if is_best:
-                save(model_content(network, run.average.module, train_set), out / 'best.pt')
-            save(run.state(config), out / 'last.pt')
-            write_log(run.history, out / 'log.csv')
-            draw_curves(run.history, out / 'curves.png')
-        say(epoch_line(row, args.epochs))
-        if after_epoch:
-            after_epoch(row, run.average.module)
-
-    gathered(None)  # the others wait here until best.pt is written
-    model = load_model(out / 'best.pt', run.device)
-    test = evaluate(model, test_part, run.device, workers=args.workers)
     metrics = {
         'test': test,
         'validation': {name.removeprefix('val_'): value for name, value in run.best.items()
                        if name.startswith('val_')},
         'best_epoch': run.best['epoch'],
         'training_seconds': sum(row['total_seconds'] for row in run.history),
-        'config': config,
+        'config': config | {'workers': args.workers},
         'data': {part.dataset.folder.name: count_labels(part)
                  for part in (train_part, val_part, test_part)},
         'parameters': sum(p.numel() for p in model.parameters()),
@@ -618,8 +921,8 @@ def train_in_group(network, weighting, args, after_epoch):
     if is_first_process():
         chosen = 'best validation Dice' if 'val_dice' in run.best else 'the last, without validation masks'
         report(f'Test, epoch {run.best["epoch"]} of {args.epochs} ({chosen})', test)
-        with replacing(out / 'metrics.json') as part:
-            part.write_text(json.dumps(metrics, indent=2) + '\n')
+        text = json.dumps(metrics, indent=2) + '\n'
+        write_file(out / 'metrics.json', lambda file: file.write(text.encode()))
         print(f'written to {out}')
     return metrics
 
@@ -664,10 +967,11 @@ def epoch_line(row, epochs):
 def write_log(history, path):
     """A row for each epoch; a figure that an epoch does not have stays empty."""
     columns = list(dict.fromkeys(name for row in history for name in row))
-    with replacing(path) as part, open(part, 'w', newline='') as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(history)
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(history)
+    write_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def draw_curves(history, path):
@@ -693,5 +997,4 @@ def draw_curves(history, path):
     right.set_ylim(0, 1)
     left.legend()
     right.legend()
-    with replacing(path) as part:
-        figure.savefig(part, format='png', dpi=120)
+    write_file(path, lambda file: figure.savefig(file, format='png', dpi=120))

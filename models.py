@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data_rechunk import LARGEST_SIDE, networks_take
+
 CHANNELS = (32, 64, 128, 256, 256)  # at /2, /4, /8, /16 and /32
 
 
@@ -153,8 +155,8 @@ class SharedEncoderNet(nn.Module):
 
     def forward(self, x, decode=None):
         size = x.shape[-2:]
-        if min(size) < 64 or size[0] % 16 or size[1] % 16:
-            raise ValueError(f'images of {size[0]} x {size[1]}; sides must be multiples of 16 from 64 up')
+        if not networks_take(*size):
+            raise ValueError(f'images of {size[0]} x {size[1]}; sides must be multiples of 16 from 64 to {LARGEST_SIDE}')
         features = self.encoder(x)
         label = mask = bbox = None
         if self.class_head is not None:

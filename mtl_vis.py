@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from data_prepare import Unreadable, read_photograph, to_rgb
-from data_rechunk import InputError, replacing, run_script, whole_number
+from data_rechunk import InputError, run_script, whole_number, write_file
 from dataloader_mtl import MTLDataset, denormalise, normalise
 from engine import load_model
 
@@ -54,6 +54,8 @@ def predict(model, image):
     small = rgb.resize((width, height), Image.Resampling.BILINEAR)
     device = next(model.parameters()).device
     outputs = model(normalise(v2.functional.pil_to_tensor(small).to(device))[None])
+    if not all(output.isfinite().all() for output in outputs if output is not None):
+        raise InputError('the model gives no finite numbers for this photograph; train it again')
     breed = probability = bbox = mask = None
     if outputs.label is not None:
         best = outputs.label[0].softmax(dim=0).max(dim=0)
@@ -115,10 +117,9 @@ def save_picture(rows, path):
             axes = figure.add_axes((left / sum(columns), bottom / sum(heights),
                                     width / sum(columns), height / sum(heights)))
             axes.imshow(panel.permute(1, 2, 0).numpy(), interpolation='nearest')
-            axes.set_title(title, fontsize=10)
+            axes.set_title(title, fontsize=10, parse_math=False)  # a name may have a $
             axes.axis('off')
-    with replacing(path) as part:
-        figure.savefig(part, format='png', dpi=dpi)
+    write_file(path, lambda file: figure.savefig(file, format='png', dpi=dpi))
 
 
 # ---- the two uses
@@ -159,8 +160,8 @@ def draw_photographs(model, paths, masks_folder, out):
         prediction = predict(model, photograph)
         print(f'{path}: {describe(prediction)}')
         if masks_folder and prediction.mask is not None:
-            with replacing(mask_path(masks_folder, path)) as part:
-                Image.fromarray(prediction.mask.astype(np.uint8) * 255).save(part, format='PNG')
+            picture = Image.fromarray(prediction.mask.astype(np.uint8) * 255)
+            write_file(mask_path(masks_folder, path), lambda file: picture.save(file, format='PNG'))
         rows.append(photograph_row(photograph, prediction))
     if rows:
         save_picture(rows, out)

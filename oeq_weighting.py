@@ -41,12 +41,12 @@ def main(argv=None):
     parser = engine.training_parser(__doc__, out='runs/weighting')
     parser.add_argument('--only', choices=NAMES, metavar='NAME', help=f'one of {", ".join(NAMES)}')
     args = parser.parse_args(argv)
-    root, resume, rows = Path(args.out), args.resume, {}
+    root, rows = Path(args.out), {}
+    args.resume = args.resume and 'auto'  # some are finished, one is under way, others have not begun
     with engine.process_group(args.device):
         for name in (args.only,) if args.only else NAMES:
             engine.say(f'---- {name}')
             args.out = root / name
-            args.resume = resume and (args.out / 'last.pt').exists()
             rows[name] = engine.train(MTLNet, weighting(name), args)
     if engine.is_first_process():
         print_table(rows)

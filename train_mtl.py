@@ -7,11 +7,10 @@ Prints a line an epoch and, at the end, the test figures of the epoch with the b
 Writes the run to runs/mtl/ and the model that mtl_vis.py needs to mtl_model.pt.
 """
 
-import shutil
 from pathlib import Path
 
 import engine
-from data_rechunk import replacing, run_script
+from data_rechunk import run_script, write_file
 from models import MTLNet
 from utils import WeightedLoss
 
@@ -23,8 +22,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
     if engine.is_first_process():
-        with replacing(args.model) as part:
-            shutil.copyfile(Path(args.out) / 'best.pt', part)
+        best = (Path(args.out) / 'best.pt').read_bytes()
+        write_file(args.model, lambda file: file.write(best))
         print(f'model written to {args.model}; next: python mtl_vis.py --data {args.data} --model {args.model}')
 
 

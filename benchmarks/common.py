@@ -66,6 +66,6 @@ def finish(ratio, figures, path):
     """Write the figures and print the ratio alone on the last line."""
     if path:
         content = {'ratio': ratio, **figures, 'machine': machine()}
-        with data_rechunk.replacing(path) as part:
-            part.write_text(json.dumps(content, indent=2) + '\n')
+        text = json.dumps(content, indent=2) + '\n'
+        data_rechunk.write_file(path, lambda file: file.write(text.encode()))
     print(f'ratio {ratio:.3g}' if ratio < 100 else f'ratio {ratio:.0f}')

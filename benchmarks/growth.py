@@ -28,9 +28,8 @@ print(seconds, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[
 '''
 NETWORK = '''
 import torch, engine
-from dataloader_mtl import collate, training_transform
+from dataloader_mtl import training_transform
 from models import MTLNet
-from torch.utils.data import DataLoader
 from utils import WeightedLoss
 args = engine.training_parser('', out=sys.argv[2]).parse_args(['--data', sys.argv[1], '--workers', '0'])
 engine.keep_freed_memory()
@@ -44,7 +43,7 @@ STEPS = {
     'train': (NETWORK, '''
 dataset.transform, dataset.jitter = training_transform(*dataset.image_size), engine.JITTER
 batches = engine.batches_of(torch.randperm(len(part)), args.batch_size)
-engine.train_one_epoch(run, DataLoader(part, batch_sampler=batches, collate_fn=collate), '')'''),
+engine.train_one_epoch(run, engine.EpochBatches(part, batches, 0, 1).loader(0, 0, run.device), '')'''),
     'evaluate': (NETWORK, 'engine.evaluate(run.average.module, part, run.device)'),
 }
 

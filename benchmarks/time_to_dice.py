@@ -16,6 +16,7 @@ The ratio: minutes that the reference trained, to those in which ours reaches it
 """
 
 import csv
+import io
 import json
 import math
 import time
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader
 
 import common
 import engine
-from data_rechunk import replacing, run_script, whole_number
+from data_rechunk import run_script, whole_number, write_file
 from dataloader_mtl import collate
 from models import MTLNet
 from reference import BATCH_SIZE, ReferenceNet, train_reference
@@ -35,10 +36,9 @@ from utils import WeightedLoss
 
 def write_curve(points, path):
     """`points`: (minutes of training, images trained on, test Dice)."""
-    with replacing(path) as part, open(part, 'w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(('minutes', 'images', 'test_dice'))
-        writer.writerows(points)
+    text = io.StringIO(newline='')
+    csv.writer(text).writerows([('minutes', 'images', 'test_dice'), *points])
+    write_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def read_curve(path):
@@ -77,15 +77,14 @@ def our_curve(args, epochs):
         '--data', str(args.data), '--epochs', str(epochs), '--seed', str(args.seed), '--device', 'cpu',
         '--workers', str(args.workers), '--out', str(out),
     ])
-    options.resume = (out / 'last.pt').exists()
+    options.resume = 'auto'
     _, test_part = engine.load_split(options, 'test', ['mask'])
     tested = out / 'test_dice.json'
     dice = json.loads(tested.read_text()) if tested.exists() else {}
 
     def test(row, model):
         dice[str(row['epoch'])] = engine.evaluate(model, test_part, torch.device('cpu'))['dice']
-        with replacing(tested) as part:
-            part.write_text(json.dumps(dice))
+        write_file(tested, lambda file: file.write(json.dumps(dice).encode()))
         print(f'ours: epoch {row["epoch"]}, test Dice {dice[str(row["epoch"])]:.4f}', flush=True)
 
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), options, after_epoch=test)
@@ -114,8 +113,7 @@ def draw(curves, path):
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(path) as part:
-        figure.savefig(part, format='png', dpi=120)
+    write_file(path, lambda file: figure.savefig(file, format='png', dpi=120))
 
 
 def first_time(points, dice):

@@ -45,7 +45,7 @@ class Waiting:
     """A loader that measures how long its user waits for it."""
 
     def __init__(self, loader):
-        self.loader, self.batch_sampler, self.seconds = loader, loader.batch_sampler, 0
+        self.loader, self.dataset, self.seconds = loader, loader.dataset, 0
 
     def __iter__(self):
         batches = iter(self.loader)
@@ -62,10 +62,17 @@ class InMemory:
     """A batch that is already there, again and again."""
 
     def __init__(self, batch, steps):
-        self.batch, self.batch_sampler = batch, [range(len(batch[0]))] * steps
+        self.batch = batch
+        self.dataset = engine.EpochBatches(None, [range(len(batch[0]))] * steps, 0, 1)
 
     def __iter__(self):
-        return (self.batch for _ in self.batch_sampler)
+        return (self.batch for _ in self.dataset.batches)
+
+
+def train(run, loader):
+    """An epoch of the batches of `loader`."""
+    run.steps, run.means = 0, engine.Means()
+    engine.train_one_epoch(run, loader, '')
 
 
 def our_speed(run, dataset, part, size, args):
@@ -78,19 +85,19 @@ def our_speed(run, dataset, part, size, args):
         epochs = math.ceil(steps * args.batch_size / len(positions))
         indices = torch.cat([positions[torch.randperm(len(positions))] for _ in range(epochs)])
         batches = engine.batches_of(indices[:steps * args.batch_size], args.batch_size)
-        return DataLoader(part, batch_sampler=batches, num_workers=args.workers, collate_fn=collate)
+        return engine.EpochBatches(part, batches, 0, 1).loader(0, args.workers, run.device)
 
     warm = list(loader(2))
-    engine.train_one_epoch(run, InMemory(warm[0], 3), '')
+    train(run, InMemory(warm[0], 3))
     waiting = Waiting(loader(steps))
     start = time.perf_counter()
-    engine.train_one_epoch(run, waiting, '')
+    train(run, waiting)
     seconds = time.perf_counter() - start
     # The same mixture of labels, which a single batch would not have.
     batches = list(loader(min(steps, 20)))
     start, images = time.perf_counter(), 0
     for batch in batches:
-        engine.train_one_epoch(run, InMemory(batch, 1), '')
+        train(run, InMemory(batch, 1))
         images += len(batch[0])
     return steps * args.batch_size / seconds, images / (time.perf_counter() - start), waiting.seconds / seconds
 

@@ -1,8 +1,11 @@
 """Training, evaluation and checkpoints."""
 
 import csv
+import itertools
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,7 @@ from torch.utils.data import Subset
 import data_rechunk
 import engine
 import train_mtl
-from data_rechunk import InputError
+from data_rechunk import InputError, Interrupted
 from dataloader_mtl import MTLDataset
 from models import MTLNet, Outputs, UNet
 from utils import UncertaintyLoss, WeightedLoss
@@ -92,7 +95,7 @@ def test_evaluation_leaves_the_mode_as_it_was_and_uses_evaluation_mode(shared_da
 def test_a_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
     metrics = train(shared_data, tmp_path / 'run')
     files = sorted(path.name for path in (tmp_path / 'run').iterdir())
-    assert files == ['best.pt', 'curves.png', 'last.pt', 'log.csv', 'metrics.json']
+    assert files == ['best.pt', 'curves.png', 'last.pt', 'log.csv', 'metrics.json', 'previous.pt']
     with open(tmp_path / 'run' / 'log.csv') as file:
         rows = list(csv.DictReader(file))
     assert [row['epoch'] for row in rows] == ['1', '2'] and float(rows[1]['val_dice']) > 0
@@ -132,28 +135,85 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(shared_dat
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(shared_data, tmp_path, monkeypatch):
-    options = ('--epochs', '4', '--limit-batches', '2')
-    train(shared_data, tmp_path / 'whole', *options)
+def stop_at_step(monkeypatch, number, step):
+    """Let the process send itself the signal `number` in the middle of its training step `step`."""
+    original, count = torch.optim.AdamW.step, itertools.count(1)
 
-    original = engine.epoch_line
+    def optimizer_step(*args, **kw):
+        original(*args, **kw)
+        if next(count) == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', optimizer_step)
+
+
+def same(one, two):
+    """Whether two nested values are equal in every bit, but for seconds."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(
+            same(one[key], two[key]) for key in one if 'second' not in str(key))
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(same, one, two))
+    return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+def contents(out):
+    return [torch.load(out / name, weights_only=True) for name in ('last.pt', 'best.pt')]
+
+
+@pytest.mark.parametrize('step', [1, 4, 5, 6])
+def test_a_run_stopped_in_an_epoch_and_resumed_ends_with_the_same_bits(shared_data, tmp_path, monkeypatch, step):
+    """Three steps an epoch; both losses' weights and dropout are part of it, and two loading processes."""
+    def run(out, *more):
+        train(shared_data, tmp_path / out, '--epochs', '3', '--workers', '2', *more,
+              weighting=UncertaintyLoss(MTLNet.tasks))
+
+    run('whole')
     with monkeypatch.context() as patch:
-        def stop(row, epochs):
-            if row['epoch'] == 2:
-                raise KeyboardInterrupt
-            return original(row, epochs)
-        patch.setattr(engine, 'epoch_line', stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(shared_data, tmp_path / 'parts', *options)
-    train(shared_data, tmp_path / 'parts', *options, '--resume')
+        stop_at_step(patch, signal.SIGTERM, step)
+        with pytest.raises(Interrupted, match='go on with the same command and --resume') as stopped:
+            run('parts')
+    assert stopped.value.status == 143
+    stopped_at = torch.load(tmp_path / 'parts' / 'last.pt', weights_only=True)
+    assert len(stopped_at['history']) * 3 + stopped_at['steps'] == step
+    run('parts', '--resume')
+    assert same(contents(tmp_path / 'whole'), contents(tmp_path / 'parts'))
 
-    whole, parts = (torch.load(tmp_path / name / 'last.pt', weights_only=True)
-                    for name in ('whole', 'parts'))
-    assert len(parts['history']) == 4
-    for part in ('model', 'average'):
-        assert all(torch.equal(whole[part][name], parts[part][name]) for name in whole[part])
-    assert all(torch.equal(one, whole['optimizer']['state'][i]['exp_avg'])
-               for i, one in ((i, s['exp_avg']) for i, s in parts['optimizer']['state'].items()))
+
+def test_the_number_of_loading_processes_changes_no_bit(shared_data, tmp_path):
+    for workers in '1', '2':
+        train(shared_data, tmp_path / workers, '--workers', workers)
+    assert same(contents(tmp_path / '1'), contents(tmp_path / '2'))
+
+
+def test_a_signal_in_the_evaluation_ends_it_after_the_batch_and_loses_no_step(shared_data, tmp_path, monkeypatch):
+    train(shared_data, tmp_path / 'whole')
+    evaluated, forward, batches_of = [], engine.forward, engine.batches_of
+
+    def evaluated_forward(model, batch):
+        if not model.training:
+            evaluated.append(len(batch[0]))
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, 'forward', evaluated_forward)
+        patch.setattr(engine, 'batches_of', lambda order, size: batches_of(order, 4 if len(order) == 12 else size))
+        with pytest.raises(Interrupted, match='in epoch 1, after 3 steps') as stopped:
+            train(shared_data, tmp_path / 'parts')
+    assert stopped.value.status == 130 and evaluated == [4]
+    train(shared_data, tmp_path / 'parts', '--resume')
+    assert same(contents(tmp_path / 'whole'), contents(tmp_path / 'parts'))
+
+
+def test_a_checkpoint_is_written_within_the_epoch_when_it_is_time(shared_data, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(engine, 'save_state', lambda state, folder: written.append(len(state['history']) * 3 + state['steps']))
+    train(shared_data, tmp_path / 'often', '--checkpoint-minutes', '1e-9')
+    assert written == [1, 2, 3, 4, 5, 6]
+    written.clear()
+    train(shared_data, tmp_path / 'seldom')
+    assert written == [3, 6]
 
 
 def test_resuming_with_other_options_is_refused_with_the_differences(shared_data, tmp_path):
@@ -290,14 +350,14 @@ def test_photographs_with_a_mask_come_more_often_where_masks_are_rare(shared_dat
 
 @pytest.mark.parametrize('content, message', [
     (b'', 'not a sound checkpoint'),
-    (b'no model at all', 'not one of plain weights'),
+    (b'no model at all', 'not a sound checkpoint (File is not a zip file)'),
     ({'layer.weight': torch.zeros(3)}, 'another kind of PyTorch file'),
     (torch.zeros(3), 'another kind of PyTorch file'),
-    ({'format': engine.TRAINING_FORMAT}, "'segmentation-mtl training 1' file; expected"),
+    ({'format': engine.TRAINING_FORMAT}, "the format 'segmentation-mtl training 2'; expected"),
     ({'format': engine.MODEL_FORMAT}, 'does not fit the networks'),
     ({'format': engine.MODEL_FORMAT, 'network': 'UNet', 'arguments': {}, 'weights': {}},
      'does not fit the networks'),
-    (MTLNet(n_classes=2), 'not a sound checkpoint'),  # a whole pickled module
+    (MTLNet(n_classes=2), 'holds more than plain weights'),  # a whole pickled module
 ])
 def test_a_model_file_of_another_kind_is_refused(tmp_path, content, message):
     path = tmp_path / 'model.pt'
