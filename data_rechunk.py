@@ -110,7 +110,7 @@ def run_script(main):
     except KeyboardInterrupt as error:
         line, status = str(error) or 'interrupted', getattr(error, 'status', 130)
     # Not above, where the exception still keeps alive what was in use, such as a loader's processes.
-    print(one_line(line), file=sys.stderr)
+    print(one_line(line)[:2000], file=sys.stderr)
     sys.exit(status)
 
 

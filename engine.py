@@ -535,8 +535,10 @@ def load_checkpoint(path, expected, device='cpu'):
         raise InputError(f"{path}: not a sound checkpoint ({said}); expected '{expected}', which the training "
                          'scripts write') from None
     found = content.get('format') if isinstance(content, dict) else None
-    if found != expected:
-        what = f'a file of the format {found!r:.50}' if found else 'another kind of PyTorch file, such as a state dict'
+    if not isinstance(found, str) or found != expected:
+        what = 'another kind of PyTorch file, such as a state dict'
+        if isinstance(found, str):
+            what = f'a file of the format {found!r:.50}'
         raise InputError(f"{path}: {what}; expected '{expected}', which the training scripts write")
     return content
 
@@ -710,9 +712,10 @@ class Run:
                 for number in content['optimizer']['state'] if number in range(len(parameters))
             }
             wrong = difference(mine, content)
-            rows = history if best is None else [*history, best]
-            if not all(isinstance(figure, (int, float)) for row in rows for figure in row.values()):
-                wrong = 'its history holds something other than numbers'
+            rows = [*history, best] if history else []
+            if not all(isinstance(figure, (int, float)) for row in rows for figure in row.values()) \
+                    or [row['epoch'] for row in history if row['total_seconds'] >= 0] != list(range(1, len(history) + 1)):
+                wrong = 'its history is not that of a training'
             if wrong or not 0 <= content['steps'] <= epoch_steps or len(history) > config['epochs']:
                 raise ValueError(wrong or f'{len(history)} epochs and {content["steps"]} steps')
             for name in self.PARTS:
@@ -722,7 +725,7 @@ class Run:
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise InputError(f'{path}: does not fit this training ({reason(error)}); start anew with '
                              'another --out') from None
-        if best is not None:
+        if history:
             load_model(path.parent / 'best.pt')  # will be needed at the end
         self.history, self.best, self.steps, self.seconds = history, best, content['steps'], content['seconds']
         self.start_clock()

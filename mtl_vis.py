@@ -14,6 +14,7 @@ pixels and the share of the picture that the pet covers. From Python:
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,12 +177,12 @@ def mask_path(folder, photograph):
 
 def refuse_to_overwrite(targets, inputs):
     """Raise InputError if two of the paths to write are one, or one of them is a file to read."""
-    seen = {Path(path).resolve() for path in inputs}
+    seen = {os.path.realpath(path) for path in inputs}
     for target in targets:
-        if Path(target).resolve() in seen:
+        if os.path.realpath(target) in seen:
             raise InputError(f'{target}: would be written over an input or twice; give another --out or '
                              '--save-masks, or one photograph at a time')
-        seen.add(Path(target).resolve())
+        seen.add(os.path.realpath(target))
 
 
 def photograph_row(photograph, prediction):

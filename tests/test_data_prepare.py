@@ -1,5 +1,11 @@
 """Photographs to HDF5 splits."""
 
+import os
+import struct
+import subprocess
+import sys
+import zlib
+
 import h5py
 import numpy as np
 import pytest
@@ -154,6 +160,81 @@ def test_unreadable_files_are_named_counted_and_left_out(oxford, tmp_path, capsy
     assert len(kept) == 17 and 'breed0_6' in kept  # without its mask
 
 
+def png_of_size(side):
+    """A sound PNG file whose header promises side x side pixels."""
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    header = struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(bytes(99))) + chunk(b'IEND', b'')
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda path: path.write_bytes(png_of_size(30_000)),
+    lambda path: path.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 80 60\n%%EndComments\n'),  # a program
+    os.mkfifo,  # waited for, it would never end
+    os.mkdir,
+    lambda path: path.symlink_to('/dev/zero'),
+], ids=['a bomb', 'EPS', 'a pipe', 'a folder', 'a device'])
+def test_what_is_no_photograph_is_left_out(oxford, tmp_path, capsys, spoil):
+    root = oxford(20)
+    path = root / 'oxford-iiit-pet/images/breed0_0.jpg'
+    path.unlink()
+    spoil(path)
+    main(['--root', str(root), '--out', str(tmp_path / 'out'), '--size', '64', '--split', '60-20-20'])
+    output = capsys.readouterr()
+    assert 'unreadable photographs left out: 1' in output.out
+    assert [line for line in output.err.splitlines() if 'breed0_0.jpg: ' in line]
+
+
+def test_whatever_a_decoder_raises_is_a_damaged_photograph(oxford, tmp_path, capsys, monkeypatch):
+    root, convert = oxford(20), Image.Image.convert
+    monkeypatch.setattr(Image.Image, 'convert', lambda self, *a, **kw: {}[0] if '_3.jpg' in self.filename else
+                        convert(self, *a, **kw))
+    monkeypatch.setattr('data_prepare.to_rgb', lambda image: image.convert('RGB'))
+    main(['--root', str(root), '--out', str(tmp_path / 'out'), '--size', '64', '--split', '60-20-20'])
+    assert 'unreadable photographs left out: 1' in capsys.readouterr().out
+
+
+LAUGHS = ''.join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 12))
+
+
+@pytest.mark.parametrize('before, box', [
+    ('', ('nan', 6, 40, 30)), ('', (8, 6, 'inf', 30)), ('', ('-inf', 6, 40, 30)), ('', (500, 500, 600, 600)),
+    (f'<!DOCTYPE b [<!ENTITY a0 "ha">{LAUGHS}]>', (8, 6, '&a11;', 30)),
+    (f'<!--{" " * 2_000_000}-->', (8, 6, 40, 30)),
+], ids=['NaN', 'infinite', 'negative infinite', 'outside', 'a billion laughs', 'large'])
+def test_an_annotation_that_makes_no_sense_is_left_out(oxford, tmp_path, capsys, before, box):
+    root = oxford(20, boxes=range(20))
+    path = root / 'oxford-iiit-pet/annotations/xmls/breed0_0.xml'
+    write_xml(path, (80, 60), box)
+    path.write_text(before + path.read_text())
+    main(['--root', str(root), '--out', str(tmp_path / 'out'), '--size', '64', '--split', '60-20-20'])
+    assert 'unreadable annotations left out: 1' in capsys.readouterr().out
+
+
+def test_a_name_that_cannot_be_printed_or_is_too_long_is_refused(oxford, tmp_path, fails):
+    root = oxford(2)
+    path = root / 'oxford-iiit-pet/annotations/list.txt'
+    for name in 'a\x1b[2J', 'a\0b', 'x' * 300:
+        path.write_text(f'{name} 1 1 1\n')
+        line = fails(main, '--root', root, '--out', tmp_path / 'out')
+        assert 'is not a plain file name' in line and line.isprintable()
+
+
+@pytest.mark.parametrize('limit', [0, 5000, 300_000])
+def test_a_full_disk_leaves_the_earlier_files(data, limit):
+    """HDF5 crashes when a write fails as it closes a file."""
+    before = {path: path.read_bytes() for path in data.rglob('*') if path.is_file()}
+    code = ('import resource, sys, data_rechunk, data_prepare\n'
+            f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n'
+            'data_rechunk.run_script(lambda: data_prepare.main(sys.argv[1:]))')
+    done = subprocess.run([sys.executable, '-c', code, '--limit', '90', '--size', '64', '--out', str(data)],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ''
+    assert done.stderr == f'error: {data}/train/images.h5: cannot be written and is left as it was (File too large)\n'
+    assert before == {path: path.read_bytes() for path in data.rglob('*') if path.is_file()}
+
+
 def test_preparing_again_writes_the_same_bytes(oxford, tmp_path):
     root = oxford(20, masks=range(5), boxes=range(9))
     for out in ('a', 'b'):
@@ -182,14 +263,24 @@ def test_files_made_elsewhere_are_not_replaced(coursework, fails):
     root = coursework()
     before = {path: path.read_bytes() for path in root.rglob('*.h5')}
     line = fails(main, '--limit', 40, '--size', 64, '--out', root)
-    assert 'was not made by data_prepare.py and is left alone' in line
+    assert 'was not made by data_prepare.py, or is damaged, and is left alone' in line
     assert before == {path: path.read_bytes() for path in root.rglob('*.h5')}
 
 
-def test_its_own_and_damaged_files_are_replaced(data):
-    (data / 'val' / 'masks.h5').write_bytes(b'damaged')
+def test_its_own_files_are_replaced(data):
     main(['--limit', '40', '--size', '64', '--split', '60-20-20', '--out', str(data)])
     assert len(read(data, 'train', 'images')) == 24 and len(read(data, 'val', 'masks')) == 8
+
+
+def test_a_file_that_is_no_hdf5_is_not_replaced(data, fails):
+    """Also at the end of a symbolic link, it may be anything."""
+    thesis = data / 'thesis.txt'
+    thesis.write_text('all my work')
+    (data / 'val' / 'masks.h5').unlink()
+    (data / 'val' / 'masks.h5').symlink_to(thesis)
+    before = {path: path.read_bytes() for path in data.rglob('*.h5')}
+    assert 'val/masks.h5: was not made by' in fails(main, '--limit', 40, '--size', 64, '--out', data)
+    assert before == {path: path.read_bytes() for path in data.rglob('*.h5')}
 
 
 @pytest.mark.parametrize('option', [

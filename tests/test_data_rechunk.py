@@ -148,6 +148,254 @@ def test_what_cannot_be_read_back_does_not_replace_the_source(tmp_path, monkeypa
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['images.h5']
 
 
+def in_a_process(code, *arguments):
+    """The finished process of a script that has data_rechunk and the arguments."""
+    return subprocess.run([sys.executable, '-c', f'import sys, resource, signal, data_rechunk\n{code}', *map(str, arguments)],
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('limit', [0, 2000, 100_000])
+def test_a_full_disk_leaves_the_source(coursework, limit):
+    """HDF5 crashes when a write fails as it closes a file."""
+    root = coursework(chunks=True, compression='gzip')
+    before = {path: path.read_bytes() for path in root.rglob('*')if path.is_file()}
+    done = in_a_process(f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n'
+                        'data_rechunk.run_script(lambda: data_rechunk.main(["--data", sys.argv[1]]))', root)
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr == f'error: {root}/train/images.h5: cannot be written and is left as it was (File too large)\n'
+    assert before == {path: path.read_bytes() for path in root.rglob('*') if path.is_file()}
+
+
+def test_of_several_files_all_are_replaced_or_none(tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in 'abc']
+    for path in paths:
+        path.write_text('old')
+    synced, fsync = [], os.fsync
+
+    def full(descriptor):
+        synced.append(descriptor)
+        if len(synced) == 3:
+            raise OSError(28, 'No space left on device')
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(data_rechunk.InputError, match='c: cannot be written and is left as it was'):
+        with data_rechunk.replacing(*paths) as parts:
+            for part in parts:
+                part.write_text('new')
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ['old'] * 3
+    with data_rechunk.replacing(*paths) as parts:
+        for part in parts:
+            part.write_text('new')
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ['new'] * 3
+
+
+def test_a_folder_has_one_writer_at_a_time_and_the_next_clears_up(tmp_path):
+    stale, other = tmp_path / 'images.h5.4711.part', tmp_path / 'novel.part'
+    stale.touch(), other.touch()
+    with data_rechunk.alone_in(tmp_path):
+        assert not stale.exists() and other.exists()
+        stale.touch()
+        done = in_a_process('data_rechunk.run_script(lambda: data_rechunk.alone_in(sys.argv[1]).__enter__())', tmp_path)
+        assert done.returncode == 1 and 'another process is writing to this folder' in done.stderr
+        assert stale.exists()
+    assert in_a_process('data_rechunk.alone_in(sys.argv[1]).__enter__()', tmp_path).returncode == 0
+
+
+def test_a_child_does_not_hold_the_lock_of_a_parent_that_is_gone(tmp_path):
+    """As a loading process, which lives for seconds after a training that was killed."""
+    done = in_a_process("""
+import os
+with data_rechunk.alone_in(sys.argv[1]):
+    ready, go = os.pipe(), os.pipe()
+    if not os.fork():
+        data_rechunk.leave_locks()
+        os.write(ready[1], b'x')
+        os.close(go[1])
+        os.read(go[0], 1)  # until the parent is gone and this script's reader has seen it
+        os._exit(0)
+    os.read(ready[0], 1)
+    os.dup2(go[1], 9)
+    os.execv(sys.executable, [sys.executable, '-c',
+        'import sys, data_rechunk; data_rechunk.alone_in(sys.argv[1]).__enter__()', sys.argv[1]])
+""", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_script_with_nothing_left_behind(tmp_path, number, status):
+    path = write(tmp_path / 'images.h5', images())
+    before = path.read_bytes()
+    done = in_a_process(f"""
+def interrupted(*_):
+    signal.raise_signal({int(number)})
+data_rechunk.same_bytes = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may have been started with it ignored
+data_rechunk.run_script(lambda: data_rechunk.rechunk_file(sys.argv[1]))""", path)
+    assert (done.returncode, done.stderr) == (status, 'interrupted\n')
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ['images.h5']
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nohup and shells do so for what runs in the background
+    data_rechunk.handle_signals(data_rechunk.interrupt)
+    signal.raise_signal(signal.SIGINT)
+
+
+def crash(path, number):
+    os.kill(os.getpid(), number)
+
+
+def greedy(path):
+    bytearray(3 << 30)
+
+
+@pytest.mark.parametrize('function, arguments, message', [
+    (crash, (signal.SIGSEGV,), 'reading it ended with -11'),
+    (crash, (signal.SIGALRM,), 'reading it took too long'),
+    (greedy, (), 'reading it ended with 1'),
+], ids=['crash', 'hang', 'memory'])
+def test_what_crashes_hangs_or_eats_memory_does_so_in_a_process_of_its_own(tmp_path, function, arguments, message):
+    path = write(tmp_path / 'images.h5', images())
+    with pytest.raises(data_rechunk.InputError, match=message):
+        data_rechunk.in_own_process(function, path, *arguments)
+    assert data_rechunk.in_own_process(rechunk_file, path) == 20
+
+
+def test_the_process_of_a_file_ends_with_its_parent(tmp_path):
+    """Killed, which it cannot tell anyone, a script must not leave a process that writes."""
+    done = in_a_process("""
+import os
+def child(path):
+    os.write(4, b'x')
+    signal.pause()
+os.dup2(1, 4)
+read, write = os.pipe()
+os.dup2(write, 4)
+os.close(write)
+if not os.fork():
+    data_rechunk.in_own_process(child, sys.argv[1])
+os.read(read, 1)
+pid = int(open(f'/proc/self/task/{os.getpid()}/children').read().split()[0])
+os.kill(pid, signal.SIGKILL)
+os.waitpid(pid, 0)
+os.close(4)
+assert os.read(read, 1) == b''  # when all who could write are gone
+""", tmp_path) if sys.platform == 'linux' else None
+    assert done is None or done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('mark, count', [(b'SNOD', 1), (b'HEAP', 1), (b'TREE', 1), (b'\x89HDF', 1)])
+def test_damage_to_the_structure_is_one_line_whatever_hdf5_raises(coursework, fails, mark, count):
+    root = coursework()
+    path = root / 'train' / 'images.h5'
+    content = path.read_bytes()
+    assert mark in content
+    path.write_bytes(content.replace(mark, b'????', count))
+    assert f'{path}: not a sound HDF5 file' in fails(main, '--data', root)
+
+
+def external(file):
+    file['images'] = h5py.ExternalLink('other.h5', 'images')
+
+
+def soft(file):
+    file['images'] = h5py.SoftLink('/nowhere')
+
+
+def raw(file):
+    file.create_dataset('images', (9, 8, 8, 3), 'uint8', external=[('/etc/passwd', 0, h5py.h5f.UNLIMITED)])
+
+
+def virtual(file):
+    layout = h5py.VirtualLayout((9, 8, 8, 3), 'uint8')
+    layout[...] = h5py.VirtualSource('other.h5', 'images', (9, 8, 8, 3))
+    file.create_virtual_dataset('images', layout)
+
+
+def many(file):
+    dataset = file.create_dataset('images', (10**9, 8, 8, 3), 'uint8', chunks=(1, 8, 8, 3), maxshape=(None, 8, 8, 3))
+    dataset[0] = 1
+
+
+def large(file):
+    file['images'] = np.ones((1, 60_000, 8, 3), 'uint8')
+
+
+def unknown_filter(file):
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_chunk((1, 8, 8, 3))
+    plist.set_filter(32_100, h5py.h5z.FLAG_OPTIONAL)
+    dataset = h5py.h5d.create(file.id, b'images', h5py.h5t.NATIVE_UINT8, h5py.h5s.create_simple((9, 8, 8, 3)), plist)
+    for i in range(9):
+        dataset.write_direct_chunk((i, 0, 0, 0), bytes(192))
+
+
+@pytest.mark.parametrize('store, message', [
+    (external, "no dataset 'chunked_images'"), (soft, "no dataset 'chunked_images'"),
+    (raw, 'takes its values from other files'), (virtual, 'takes its values from other files'),
+    (many, 'should hold 1000000000 samples and only 192 bytes are stored'),
+    (large, 'images have 4096 x 4096 pixels at most'), (unknown_filter, 'needs the HDF5 filter 32100'),
+])
+def test_values_that_are_elsewhere_or_nowhere_are_refused(tmp_path, store, message):
+    write(tmp_path / 'other.h5', images())
+    path = tmp_path / 'images.h5'
+    with h5py.File(path, 'w') as file:
+        store(file)
+    with pytest.raises(data_rechunk.InputError, match=message) as error:
+        rechunk_file(path)
+    assert str(path) in str(error.value)
+
+
+def test_links_beside_the_data_go_along_unread(tmp_path):
+    path = write(tmp_path / 'images.h5', images())
+    with h5py.File(path, 'a') as file:
+        file['away'], file['nowhere'] = h5py.ExternalLink('/etc/hostname', '/x'), h5py.SoftLink('/y')
+    rechunk_file(path)
+    with h5py.File(path) as file:
+        assert file.get('away', getlink=True).filename == '/etc/hostname'
+        assert file.get('nowhere', getlink=True).path == '/y'
+
+
+def test_a_file_that_another_program_writes_to_is_refused(tmp_path):
+    path = write(tmp_path / 'images.h5', images())
+    with h5py.File(path, 'r+'):
+        done = in_a_process('data_rechunk.run_script(lambda: data_rechunk.rechunk_file(sys.argv[1]))', path)
+    assert done.returncode == 1 and 'another program has it open for writing; close it there' in done.stderr
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    path, original = write(tmp_path / 'images.h5', images()), h5py.File
+
+    def no_locks(*args, locking=None, **kw):
+        if kw.get('mode', args[1] if len(args) > 1 else 'r') == 'r' and locking is not False:
+            raise OSError("Unable to synchronously open file (unable to lock file, errno = 37, error message = "
+                          "'No locks available')")
+        return original(*args, **kw)
+
+    monkeypatch.setattr(h5py, 'File', no_locks)
+    monkeypatch.setattr(data_rechunk.fcntl, 'flock', lambda *_: (_ for _ in ()).throw(OSError(37, 'No locks available')))
+    assert rechunk_file(path) == 20
+
+
+@pytest.mark.parametrize('locking', ['TRUE', 'FALSE', 'BEST_EFFORT'])
+def test_a_file_that_a_reader_has_open_can_be_rechunked(tmp_path, locking):
+    path = write(tmp_path / 'images.h5', images())
+    with h5py.File(path) as reader:
+        done = subprocess.run([sys.executable, '-c', f'import data_rechunk; data_rechunk.rechunk_file({str(path)!r})'],
+                              env={**os.environ, 'HDF5_USE_FILE_LOCKING': locking}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        np.testing.assert_array_equal(reader['images'][()], images())
+    np.testing.assert_array_equal(read(path), images())
+
+
+def test_names_that_are_no_text_can_be_printed():
+    done = in_a_process("data_rechunk.run_script(lambda: print(b'caf\\xe9\\x1b.jpg'.decode(errors='surrogateescape')))")
+    assert done.returncode == 0 and 'udce9' in done.stdout
+    error = in_a_process("def main():\n raise data_rechunk.InputError('a\\x1b[2J\\nb')\ndata_rechunk.run_script(main)").stderr
+    assert error == 'error: a?[2J b\n'
+
+
 @pytest.mark.parametrize('count', [3, 8, 29])
 def test_every_byte_is_compared(count):
     one = np.arange(count, dtype=np.float32)
@@ -212,8 +460,10 @@ def test_memory_is_bounded_whatever_the_number_of_samples(tmp_path):
 
     path = tmp_path / 'images.h5'
     with h5py.File(path, 'w') as file:  # 600 MB as float32
-        file.create_dataset('images', (800, 256, 256, 3), 'float32', fillvalue=7,
-                            chunks=(100, 64, 64, 1), compression='gzip')
+        dataset = file.create_dataset('images', (800, 256, 256, 3), 'float32', chunks=(100, 64, 64, 1),
+                                      compression='gzip', compression_opts=1)
+        for start in range(0, 800, 100):
+            dataset[start:start + 100] = np.full((100, 256, 256, 3), 7, 'float32')
     used = peak(f'import data_rechunk; data_rechunk.rechunk_file({str(path)!r})')
     assert 20 < used - peak('pass') < 300
 
