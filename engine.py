@@ -716,8 +716,9 @@ class Run:
             if not all(isinstance(figure, (int, float)) for row in rows for figure in row.values()) \
                     or [row['epoch'] for row in history if row['total_seconds'] >= 0] != list(range(1, len(history) + 1)):
                 wrong = 'its history is not that of a training'
-            if wrong or not 0 <= content['steps'] <= epoch_steps or len(history) > config['epochs']:
-                raise ValueError(wrong or f'{len(history)} epochs and {content["steps"]} steps')
+            done = content['schedule']['last_epoch']
+            if wrong or not 0 <= content['steps'] <= epoch_steps or done != len(history) * epoch_steps + content['steps']:
+                raise ValueError(wrong or f'{done} steps are not {len(history)} epochs and {content["steps"]} steps')
             for name in self.PARTS:
                 getattr(self, name).load_state_dict(content[name])
             if not all(map(is_finite, (self.model, self.weighting, self.average))):

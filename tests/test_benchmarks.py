@@ -1,6 +1,7 @@
 """The benchmarks: the reference network is the study's, and every script explains itself."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,3 +46,21 @@ def test_the_last_line_is_the_ratio_alone(tmp_path, capsys):
     common.finish(12.345, {'ours': 2}, tmp_path / 'figures.json')
     assert capsys.readouterr().out == 'ratio 12.3\n'
     assert json.loads((tmp_path / 'figures.json').read_text())['ratio'] == 12.345
+
+
+def short_form(name, *options):
+    """What a benchmark prints that runs for some seconds only."""
+    done = subprocess.run([sys.executable, BENCHMARKS / f'{name}.py', *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_few_mutants_of_each_format_end_with_a_result_or_one_line():
+    printed = short_form('mutants', '--count', '36', '--seed', '1')
+    assert printed.splitlines()[-2].startswith('36 mutants, seed 1: 0 did not end well'), printed
+    assert printed.endswith('ratio 1\n')
+
+
+def test_a_few_kills_of_each_script_lose_nothing():
+    printed = short_form('kills', '--count', '3', '--seed', '1')
+    assert printed.splitlines()[-2] == '3 kills, seed 1: 0 losses', printed

@@ -438,10 +438,11 @@ def test_killed_at_any_moment_the_source_is_whole_and_the_next_run_finishes(tmp_
         with subprocess.Popen([sys.executable, '-c', code, path], stdout=subprocess.PIPE) as process:
             process.stdout.readline()
             until = time.monotonic() + 10
-            part = tmp_path / 'images.h5.part'
+            part = tmp_path / f'images.h5.{process.pid}.part'
             while time.monotonic() < until and process.poll() is None:
                 if part.exists() and part.stat().st_size > delay * values.nbytes * 10:
                     break
+            assert process.poll() is None, 'it was to be killed at its work'
             process.send_signal(signal.SIGKILL)
         with h5py.File(path) as file:
             np.testing.assert_array_equal(file['images'][()], values)

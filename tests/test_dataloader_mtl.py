@@ -156,6 +156,68 @@ def test_a_forked_process_opens_files_of_its_own(shared_data, monkeypatch):
     assert process.exitcode == 0 and queue.get() == 2
 
 
+def test_files_may_be_rechunked_and_not_replaced_by_others_while_they_are_in_use(data):
+    """Each loading process opens them anew, in the second hour of a training, too."""
+    dataset = MTLDataset('train', root=data)
+    first = dataset[0]
+    data_rechunk.rechunk_file(data / 'train' / 'images.h5', force=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, pickle.loads(pickle.dumps(dataset))[0]))
+    change(data, 'images', 255 - table(data, 'train', 'images'), preparation='of other photographs')
+    with pytest.raises(InputError, match='images.h5: was replaced by other data while it was in use'):
+        pickle.loads(pickle.dumps(dataset))[0]
+
+
+def test_files_without_a_preparation_may_not_be_replaced_at_all_while_they_are_in_use(coursework):
+    root = coursework()
+    data_rechunk.rechunk(root)
+    dataset = MTLDataset('train', root=root)
+    data_rechunk.rechunk_file(root / 'train' / 'images.h5', force=True)
+    with pytest.raises(InputError, match='was replaced by other data'):
+        pickle.loads(pickle.dumps(dataset))[0]
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_pixel_that_is_no_number_is_named(coursework, value):
+    root = coursework()
+    images = table(root, 'train', 'images')
+    images[5, 1, 2, 0] = value
+    change(root, 'images', images)
+    data_rechunk.rechunk(root)
+    dataset = MTLDataset('train', root=root)
+    dataset[4]
+    with pytest.raises(InputError, match='train/images.h5: sample 5 holds values that are no numbers'):
+        dataset[5]
+
+
+def test_images_beyond_a_byte_are_refused(coursework):
+    root = coursework(dtype='int32')
+    change(root, 'images', table(root, 'train', 'images') * 7)
+    data_rechunk.rechunk(root)
+    with pytest.raises(InputError, match="'chunked_images' is int32, so some value is not from 0 to 255"):
+        MTLDataset('train', root=root)
+
+
+def test_files_that_were_not_rechunked_here_are_sent_there(data):
+    """They may have any chunks, and their structure need have no checksums."""
+    path = data / 'train' / 'images.h5'
+    images = table(data, 'train', 'images')
+    with h5py.File(path, 'w', libver='earliest') as file:
+        file.create_dataset('images', data=images, chunks=(1, 64, 64, 3))
+        file['chunked_images'] = file['images']
+    with pytest.raises(InputError, match='images.h5: not as data_rechunk.py stores it; run python data_rechunk.py'):
+        MTLDataset('train', root=data)
+
+
+@pytest.mark.parametrize('name, value', [
+    ('preparation', [1.5, 2]), ('preparation', h5py.Empty('f')), ('class_names', 7), ('class_names', h5py.Empty('f')),
+])
+def test_an_attribute_of_another_kind_is_one_line(data, name, value):
+    with h5py.File(data / 'train' / 'breeds.h5', 'r+') as file:
+        file['breeds'].attrs[name] = value
+    with pytest.raises(InputError, match='train'):
+        MTLDataset('train', root=data)
+
+
 def test_a_dataset_in_use_can_be_pickled(shared_data):
     dataset = MTLDataset('test', root=shared_data)
     first = dataset[0]

@@ -1,16 +1,17 @@
 """Training, evaluation and checkpoints."""
 
 import csv
-import itertools
 import json
 import math
-import os
-import signal
+import pickle
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from torch.utils.data import Subset
 import data_rechunk
 import engine
 import train_mtl
-from data_rechunk import InputError, Interrupted
+from data_rechunk import InputError
 from dataloader_mtl import MTLDataset
 from models import MTLNet, Outputs, UNet
 from utils import UncertaintyLoss, WeightedLoss
@@ -127,93 +128,12 @@ def test_the_epoch_with_the_best_validation_dice_is_tested_once(shared_data, tmp
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(shared_data, tmp_path):
     weights = []
-    for number, (seed, workers) in enumerate([(1, 1), (1, 1), (2, 1)]):
+    for number, (seed, workers) in enumerate([(1, 1), (1, 0), (2, 0)]):
         out = tmp_path / str(number)
         train(shared_data, out, '--seed', str(seed), '--workers', str(workers), '--limit-batches', '2')
         weights.append(torch.load(out / 'best.pt', weights_only=True)['weights'])
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
-
-
-def stop_at_step(monkeypatch, number, step):
-    """Let the process send itself the signal `number` in the middle of its training step `step`."""
-    original, count = torch.optim.AdamW.step, itertools.count(1)
-
-    def optimizer_step(*args, **kw):
-        original(*args, **kw)
-        if next(count) == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(torch.optim.AdamW, 'step', optimizer_step)
-
-
-def same(one, two):
-    """Whether two nested values are equal in every bit, but for seconds."""
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(
-            same(one[key], two[key]) for key in one if 'second' not in str(key))
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(two) and all(map(same, one, two))
-    return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
-
-
-def contents(out):
-    return [torch.load(out / name, weights_only=True) for name in ('last.pt', 'best.pt')]
-
-
-@pytest.mark.parametrize('step', [1, 4, 5, 6])
-def test_a_run_stopped_in_an_epoch_and_resumed_ends_with_the_same_bits(shared_data, tmp_path, monkeypatch, step):
-    """Three steps an epoch; both losses' weights and dropout are part of it, and two loading processes."""
-    def run(out, *more):
-        train(shared_data, tmp_path / out, '--epochs', '3', '--workers', '2', *more,
-              weighting=UncertaintyLoss(MTLNet.tasks))
-
-    run('whole')
-    with monkeypatch.context() as patch:
-        stop_at_step(patch, signal.SIGTERM, step)
-        with pytest.raises(Interrupted, match='go on with the same command and --resume') as stopped:
-            run('parts')
-    assert stopped.value.status == 143
-    stopped_at = torch.load(tmp_path / 'parts' / 'last.pt', weights_only=True)
-    assert len(stopped_at['history']) * 3 + stopped_at['steps'] == step
-    run('parts', '--resume')
-    assert same(contents(tmp_path / 'whole'), contents(tmp_path / 'parts'))
-
-
-def test_the_number_of_loading_processes_changes_no_bit(shared_data, tmp_path):
-    for workers in '1', '2':
-        train(shared_data, tmp_path / workers, '--workers', workers)
-    assert same(contents(tmp_path / '1'), contents(tmp_path / '2'))
-
-
-def test_a_signal_in_the_evaluation_ends_it_after_the_batch_and_loses_no_step(shared_data, tmp_path, monkeypatch):
-    train(shared_data, tmp_path / 'whole')
-    evaluated, forward, batches_of = [], engine.forward, engine.batches_of
-
-    def evaluated_forward(model, batch):
-        if not model.training:
-            evaluated.append(len(batch[0]))
-            os.kill(os.getpid(), signal.SIGINT)
-        return forward(model, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, 'forward', evaluated_forward)
-        patch.setattr(engine, 'batches_of', lambda order, size: batches_of(order, 4 if len(order) == 12 else size))
-        with pytest.raises(Interrupted, match='in epoch 1, after 3 steps') as stopped:
-            train(shared_data, tmp_path / 'parts')
-    assert stopped.value.status == 130 and evaluated == [4]
-    train(shared_data, tmp_path / 'parts', '--resume')
-    assert same(contents(tmp_path / 'whole'), contents(tmp_path / 'parts'))
-
-
-def test_a_checkpoint_is_written_within_the_epoch_when_it_is_time(shared_data, tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(engine, 'save_state', lambda state, folder: written.append(len(state['history']) * 3 + state['steps']))
-    train(shared_data, tmp_path / 'often', '--checkpoint-minutes', '1e-9')
-    assert written == [1, 2, 3, 4, 5, 6]
-    written.clear()
-    train(shared_data, tmp_path / 'seldom')
-    assert written == [3, 6]
 
 
 def test_resuming_with_other_options_is_refused_with_the_differences(shared_data, tmp_path):
@@ -376,15 +296,70 @@ def test_a_truncated_model_file_is_refused(shared_data, tmp_path):
         engine.load_model(tmp_path / 'best.pt')
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path):
+@pytest.mark.parametrize('write', [
+    lambda content, path: torch.save({'format': engine.MODEL_FORMAT, 'weights': content}, path),
+    lambda content, path: torch.save({'format': engine.MODEL_FORMAT, 'weights': content}, path,
+                                     _use_new_zipfile_serialization=False),
+    lambda content, path: path.write_bytes(pickle.dumps(content)),
+], ids=['zip', 'legacy', 'pickle'])
+def test_a_pickle_that_runs_code_is_refused(tmp_path, write):
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / 'created',)
 
-    torch.save({'format': engine.MODEL_FORMAT, 'weights': Evil()}, tmp_path / 'evil.pt')
-    with pytest.raises(InputError, match='not a sound checkpoint'):
-        engine.load_model(tmp_path / 'evil.pt')
+    write(Evil(), tmp_path / 'evil.pt')
+    for kind in engine.MODEL_FORMAT, engine.TRAINING_FORMAT:
+        with pytest.raises(InputError, match='evil.pt: not a sound checkpoint .*; expected'):
+            engine.load_checkpoint(tmp_path / 'evil.pt', kind)
     assert not (tmp_path / 'created').exists()
+
+
+@pytest.fixture(scope='module')
+def trained(shared_data, tmp_path_factory):
+    """The folder of a run of one epoch, not to be changed."""
+    out = tmp_path_factory.mktemp('trained')
+    train(shared_data, out, '--epochs', '1', '--limit-batches', '1')
+    return out
+
+
+def test_a_changed_byte_in_a_checkpoint_is_noticed(trained, tmp_path):
+    content = bytearray((trained / 'best.pt').read_bytes())
+    content[len(content) // 2] ^= 4
+    (tmp_path / 'model.pt').write_bytes(content)
+    with pytest.raises(InputError, match='model.pt: not a sound checkpoint .its part .* is damaged'):
+        engine.load_model(tmp_path / 'model.pt')
+
+
+def test_a_checkpoint_that_would_unpack_to_more_than_its_size_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'model.pt', 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('archive/data.pkl', bytes(10_000_000))
+    with pytest.raises(InputError, match='a compressed archive'):
+        engine.load_model(tmp_path / 'model.pt')
+
+
+@pytest.mark.parametrize('entry, value', [
+    ('format', torch.zeros(3)), ('network', 'Encoder'), ('network', ['MTLNet']), ('class_names', 'abcdefgh'),
+    ('class_names', [1] * 8), ('class_names', ['a'] * 7), ('image_size', [65, 64]), ('image_size', [10**6, 10**6]),
+    ('image_size', [64.0, 64]), ('arguments', {'c_in': 3, 'c_out_seg': 1, 'n_classes': 10**12}), ('weights', None),
+])
+def test_a_model_file_with_an_impossible_entry_is_refused(trained, tmp_path, entry, value):
+    content = torch.load(trained / 'best.pt', weights_only=True)
+    torch.save(content | {entry: value}, tmp_path / 'model.pt')
+    with pytest.raises(InputError, match='model.pt: (does not fit the networks|another kind of PyTorch file)'):
+        engine.load_model(tmp_path / 'model.pt')
+
+
+@pytest.mark.parametrize('change', [
+    lambda weight: weight * torch.nan, lambda weight: weight.double(), lambda weight: weight[..., None],
+    lambda weight: weight.to_sparse(), lambda weight: weight.tolist(),
+], ids=['NaN', 'double', 'shape', 'sparse', 'list'])
+def test_weights_that_are_no_weights_are_refused(trained, tmp_path, change):
+    content = torch.load(trained / 'best.pt', weights_only=True)
+    name = next(iter(content['weights']))
+    content['weights'][name] = change(content['weights'][name])
+    torch.save(content, tmp_path / 'model.pt')
+    with pytest.raises(InputError, match='model.pt: does not fit the networks'):
+        engine.load_model(tmp_path / 'model.pt')
 
 
 def test_a_checkpoint_rebuilds_its_model_by_itself(shared_data, tmp_path):
@@ -427,9 +402,61 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(shared_data, t
     train(shared_data, tmp_path, '--limit-batches', '1')
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     line = fails(train_mtl.main, '--data', shared_data, '--out', tmp_path, '--lr', '1e30',
-                 '--model', tmp_path / 'model.pt', '--workers', 0)
-    assert 'the loss is ' in line and 'mask ' in line and 'lower --lr' in line
+                 '--model', tmp_path / 'model.pt', '--workers', 0, '--batch-size', 4, '--checkpoint-minutes', '1e-9')
+    found = re.search(r'epoch 1/30, step (\d+) of 9: the loss is \S+ \(mask .*class .*box .*\) for the samples '
+                      r'(\d+) (\d+) (\d+) (\d+) of .*/train; .* try a lower --lr', line)
+    assert found, line
+    order = torch.Generator().manual_seed(engine.seed_everything(0, 1))
+    batch = torch.randperm(36, generator=order)[4 * (int(found[1]) - 1):][:4]
+    assert sorted(batch.tolist()) == [int(number) for number in found.groups()[1:]]
+    kept = {path: path.read_bytes() for path in before if path.name in ('best.pt', 'curves.png', 'log.csv')}
+    assert kept.items() <= before.items()
+    last = torch.load(tmp_path / 'last.pt', weights_only=True)
+    assert all(tensor.isfinite().all() for part in ('model', 'average') for tensor in last[part].values())
+
+
+def test_weights_that_are_not_finite_replace_none_that_are(shared_data, tmp_path, monkeypatch):
+    """The loss of the last step is finite, and what it makes of the weights is not."""
+    train(shared_data, tmp_path, '--limit-batches', '1')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    step = torch.optim.AdamW.step
+
+    def overflow(self, *args, **kw):
+        step(self, *args, **kw)
+        self.param_groups[0]['params'][0].data[0] = math.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', overflow)
+    with pytest.raises(InputError, match='epoch 1, step 1: the loss was finite and the weights are not'):
+        train(shared_data, tmp_path, '--limit-batches', '1')
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def without(root, split, stem, value):
+    """Take a label from each sample of a split."""
+    with h5py.File(root / split / f'{stem}.h5', 'r+') as file:
+        file[stem][:] = np.full(file[stem].shape, value, file[stem].dtype)
+
+
+@pytest.mark.parametrize('split, stem, value, network', [
+    ('train', 'bboxes', np.nan, MTLNet), ('train', 'breeds', -1, MTLNet), ('train', 'masks', 255, MTLNet),
+    ('val', 'masks', 255, UNet), ('test', 'masks', 255, UNet), ('val', 'bboxes', np.nan, MTLNet),
+])
+def test_a_split_without_any_label_of_a_task_trains(data, tmp_path, split, stem, value, network):
+    without(data, split, stem, value)
+    metrics = train(data, tmp_path / 'run', '--limit-batches', '1', network=network)
+    figures = {'masks': 'dice', 'bboxes': 'box_iou', 'breeds': 'accuracy'}
+    assert (figures[stem] in metrics['validation']) == (split != 'val')
+    assert (figures[stem] in metrics['test']) == (split != 'test')
+
+
+def test_a_class_that_training_does_not_have_is_one_of_the_models(data, tmp_path):
+    with h5py.File(data / 'train' / 'breeds.h5', 'r+') as file:
+        labels = file['breeds'][()]
+        labels[labels == 7] = 2
+        file['breeds'][:] = labels
+    metrics = train(data, tmp_path / 'run', '--limit-batches', '1')
+    assert 'accuracy' in metrics['test']
+    assert len(engine.load_model(tmp_path / 'run' / 'best.pt').class_names) == 8
 
 
 @pytest.mark.parametrize('network', [MTLNet, UNet])

@@ -8,6 +8,7 @@ from PIL import Image
 import mtl_vis
 import train_baseline
 import train_mtl
+from data_rechunk import InputError
 from mtl_vis import load_model, main, predict
 
 
@@ -142,3 +143,23 @@ def test_no_input_is_overwritten_and_no_mask_twice(model_path, tmp_path, fails):
 
 def test_a_missing_model_is_named(tmp_path, fails):
     assert 'mtl_model.pt: no such file' in fails(main, '--model', tmp_path / 'mtl_model.pt')
+
+
+def test_a_name_with_dollars_is_drawn_as_it_is(tmp_path):
+    mtl_vis.save_picture([[('$x^{ costs 5$', torch.zeros(3, 64, 64, dtype=torch.uint8))]], tmp_path / 'mask.png')
+    assert Image.open(tmp_path / 'mask.png').size == (108, 108)
+
+
+def test_a_link_to_itself_is_one_broken_photograph(model_path, tmp_path, fails):
+    (tmp_path / 'a.jpg').symlink_to('a.jpg')
+    line = fails(main, tmp_path / 'a.jpg', '--model', model_path, '--out', tmp_path / 'mask.png')
+    assert '1 of 1 photographs cannot be read' in line and 'a.jpg' in line
+
+
+def test_a_model_that_gives_no_numbers_is_one_line(model_path):
+    model = load_model(model_path)
+    for weights in model.state_dict().values():
+        if weights.is_floating_point():
+            weights.fill_(1e30)
+    with pytest.raises(InputError, match='the model gives no finite numbers'):
+        predict(model, Image.new('RGB', (80, 60)))

@@ -1,0 +1,238 @@
+"""A run that is stopped, killed, short of disk or not alone: nothing is lost, and it goes on exactly."""
+
+import itertools
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_engine import arguments_of, train
+
+import data_rechunk
+import engine
+import mtl_vis
+from data_rechunk import InputError, Interrupted
+from models import MTLNet
+from utils import UncertaintyLoss
+
+
+def stop_at_step(monkeypatch, number, step):
+    """Let the process send itself the signal `number` in the middle of its training step `step`."""
+    original, count = torch.optim.AdamW.step, itertools.count(1)
+
+    def optimizer_step(*args, **kw):
+        original(*args, **kw)
+        if next(count) == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', optimizer_step)
+
+
+def same(one, two):
+    """Whether two nested values are equal in every bit, but for seconds."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(
+            same(one[key], two[key]) for key in one if 'second' not in str(key))
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(same, one, two))
+    return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+def contents(out):
+    return [torch.load(out / name, weights_only=True) for name in ('last.pt', 'best.pt')]
+
+
+def test_a_run_stopped_twice_and_resumed_ends_with_the_same_bits(shared_data, tmp_path, monkeypatch):
+    """In the middle of the first epoch and after the last step of the second, with two loading processes.
+
+    There are three steps in an epoch; dropout and learned weights are part of it.
+    """
+    def run(out, *more):
+        train(shared_data, tmp_path / out, '--epochs', '3', '--workers', '2', *more,
+              weighting=UncertaintyLoss(MTLNet.tasks))
+
+    run('whole')
+    for here, step, more in (2, 2, ()), (4, 6, ('--resume',)):
+        with monkeypatch.context() as patch:
+            stop_at_step(patch, signal.SIGTERM, here)
+            with pytest.raises(Interrupted, match='go on with the same command and --resume') as stopped:
+                run('parts', *more)
+        assert stopped.value.status == 143
+        last = torch.load(tmp_path / 'parts' / 'last.pt', weights_only=True)
+        assert len(last['history']) * 3 + last['steps'] == step
+    run('parts', '--resume')
+    assert same(contents(tmp_path / 'whole'), contents(tmp_path / 'parts'))
+
+
+def test_the_number_of_loading_processes_changes_no_bit(shared_data, tmp_path):
+    for workers in '1', '2':
+        train(shared_data, tmp_path / workers, '--workers', workers, '--epochs', '1')
+    assert same(contents(tmp_path / '1'), contents(tmp_path / '2'))
+
+
+def test_a_signal_in_the_evaluation_ends_it_after_the_batch_and_loses_no_step(shared_data, tmp_path, monkeypatch):
+    train(shared_data, tmp_path / 'whole')
+    evaluated, forward, batches_of = [], engine.forward, engine.batches_of
+
+    def evaluated_forward(model, batch):
+        if not model.training:
+            evaluated.append(len(batch[0]))
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, 'forward', evaluated_forward)
+        patch.setattr(engine, 'batches_of', lambda order, size: batches_of(order, 4 if len(order) == 12 else size))
+        with pytest.raises(Interrupted, match='in epoch 1, after 3 steps') as stopped:
+            train(shared_data, tmp_path / 'parts')
+    assert stopped.value.status == 130 and evaluated == [4]
+    train(shared_data, tmp_path / 'parts', '--resume')
+    assert same(contents(tmp_path / 'whole'), contents(tmp_path / 'parts'))
+
+
+def test_a_checkpoint_is_written_within_the_epoch_when_it_is_time(shared_data, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(engine, 'save_state', lambda state, folder: written.append(len(state['history']) * 3 + state['steps']))
+    train(shared_data, tmp_path / 'often', '--checkpoint-minutes', '1e-9')
+    assert written == [1, 2, 3, 4, 5, 6]
+    written.clear()
+    train(shared_data, tmp_path / 'seldom')
+    assert written == [3, 6]
+
+
+def test_without_resume_an_unfinished_run_is_not_overwritten(shared_data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, signal.SIGTERM, 2)
+        with pytest.raises(Interrupted):
+            train(shared_data, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match='holds an unfinished run; --resume goes on with it'):
+        train(shared_data, tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    train(shared_data, tmp_path, '--resume')
+    train(shared_data, tmp_path)  # over a finished one
+
+
+def test_stopped_before_its_first_step_a_run_leaves_the_finished_one_as_it_was(shared_data, tmp_path, monkeypatch):
+    train(shared_data, tmp_path, '--epochs', '1')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(engine, 'belong_together', lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        train(shared_data, tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.fixture(scope='module')
+def whole(shared_data, tmp_path_factory):
+    """The folder of an uninterrupted run of two epochs, not to be changed."""
+    out = tmp_path_factory.mktemp('whole')
+    train(shared_data, out)
+    return out
+
+
+def stopped(shared_data, out, monkeypatch):
+    """A run like `whole`, stopped in its second epoch, with a checkpoint of each step."""
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, signal.SIGTERM, 5)
+        with pytest.raises(Interrupted):
+            train(shared_data, out, '--checkpoint-minutes', '1e-9')
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda out: None,
+    lambda out: (out / 'last.pt').unlink(),
+    lambda out: (out / 'last.pt').write_bytes((out / 'last.pt').read_bytes()[:-1000]),
+    lambda out: [path.unlink() for path in out.iterdir()],
+], ids=['sound', 'last.pt missing', 'last.pt cut off', 'nothing there'])
+def test_resume_auto_takes_the_newest_sound_checkpoint_or_starts(shared_data, whole, tmp_path, monkeypatch, spoil):
+    stopped(shared_data, tmp_path, monkeypatch)
+    spoil(tmp_path)
+    train(shared_data, tmp_path, '--resume', 'auto')
+    assert same(contents(whole), contents(tmp_path))
+
+
+def test_a_damaged_last_checkpoint_is_kept_and_never_follows_the_one_before_it(shared_data, tmp_path, monkeypatch, capsys):
+    stopped(shared_data, tmp_path, monkeypatch)
+    (tmp_path / 'last.pt').write_bytes(b'damaged')
+    with pytest.raises(InputError, match='last.pt: not a sound checkpoint'):
+        train(shared_data, tmp_path, '--resume')
+    content, path = engine.find_state(tmp_path, 'auto', 'cpu')
+    assert path.name == 'previous.pt' and content['steps'] == 1
+    assert 'warning: ' in capsys.readouterr().out and (tmp_path / 'damaged.pt').read_bytes() == b'damaged'
+    engine.save_state(content, tmp_path)
+    assert engine.load_checkpoint(tmp_path / 'previous.pt', engine.TRAINING_FORMAT)['steps'] == 1
+
+
+@pytest.mark.parametrize('entry, value', [
+    ('history', [{}]), ('history', []), ('best', None), ('steps', 99), ('steps', -1), ('steps', 1.0), ('schedule', {}),
+    ('sums', {'mask': 'a'}), ('seconds', None), ('model', None), ('config', 7), ('optimizer', {'state': {}}),
+])
+def test_a_checkpoint_with_an_impossible_entry_is_refused(shared_data, whole, tmp_path, entry, value):
+    content = torch.load(whole / 'last.pt', weights_only=True)
+    torch.save(content | {entry: value}, tmp_path / 'last.pt')
+    with pytest.raises(InputError, match='last.pt: does not fit this training'):
+        train(shared_data, tmp_path, '--resume')
+
+
+def test_a_checkpoint_whose_best_model_is_missing_is_refused(shared_data, whole, tmp_path):
+    (tmp_path / 'last.pt').write_bytes((whole / 'last.pt').read_bytes())
+    with pytest.raises(InputError, match='best.pt: no such file'):
+        train(shared_data, tmp_path, '--resume')
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(shared_data, tmp_path):
+    with data_rechunk.alone_in(tmp_path):
+        with pytest.raises(InputError, match='another process is writing to this folder'):
+            train(shared_data, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_signals_to_all_processes_at_once_wait_for_the_step_too(shared_data, tmp_path):
+    """As from the terminal, timeout or a batch system: the loading processes get them as well."""
+    out = tmp_path / 'run'
+    code = 'import train_mtl, data_rechunk; data_rechunk.run_script(train_mtl.main)'
+    command = [sys.executable, '-c', code, *arguments_of(shared_data, out), '--epochs', '500', '--workers', '2',
+               '--model', str(tmp_path / 'model.pt')]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True) as process:
+        while 'epoch 1/500' not in process.stdout.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)  # timeout sends it to the process and to its group
+        _, error = process.communicate()
+    assert process.returncode == 143 and 'Traceback' not in error
+    assert error.splitlines()[-1].endswith('last.pt is written; go on with the same command and --resume')
+    engine.load_checkpoint(out / 'last.pt', engine.TRAINING_FORMAT)
+
+
+@pytest.mark.parametrize('limit, write, name', [
+    (1000, lambda folder: engine.save_state({'format': engine.TRAINING_FORMAT, 'x': torch.zeros(5000)}, folder), 'last.pt'),
+    (10, lambda folder: engine.write_log([{'epoch': 1, 'lr': 0.1}], folder / 'log.csv'), 'log.csv'),
+    (99, lambda folder: engine.draw_curves([{'epoch': 1}], folder / 'curves.png'), 'curves.png'),
+    (99, lambda folder: mtl_vis.save_picture([[('', torch.zeros(3, 9, 9))]], folder / 'mask.png'), 'mask.png'),
+])
+def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, limit, write, name):
+    (tmp_path / name).write_bytes(b'before')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(InputError) as error:
+            write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(error.value) == f'{tmp_path / name}: cannot be written and is left as it was (File too large)'
+    assert (tmp_path / name).read_bytes() == b'before' and {path.name for path in tmp_path.iterdir()} <= {name, 'previous.pt'}
+
+
+def test_several_processes_train_from_the_files_that_another_reads(shared_data, tmp_path):
+    code = 'import train_baseline, data_rechunk; data_rechunk.run_script(train_baseline.main)'
+    dataset = engine.MTLDataset('train', root=shared_data)
+    dataset[0]
+    processes = [subprocess.Popen([sys.executable, '-c', code, *arguments_of(shared_data, tmp_path / str(number)), '--epochs', '1'],
+                                  env={**os.environ, 'HDF5_USE_FILE_LOCKING': locking, 'OMP_NUM_THREADS': '1'})
+                 for number, locking in enumerate(['TRUE', 'FALSE'])]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(dataset) == sum(1 for _ in (dataset[i] for i in range(len(dataset))))
