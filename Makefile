@@ -10,6 +10,7 @@ DEMO := --data datasets/demo
 demo: .venv/ready
 	$(RUN) data_prepare.py --source synthetic --limit 1000 --size 128 --out datasets/demo
 	$(RUN) data_rechunk.py $(DEMO)
+	rm -rf runs/demo
 	$(RUN) train_mtl.py $(DEMO) --epochs 16 --out runs/demo --model runs/demo/mtl_model.pt
 	$(RUN) mtl_vis.py $(DEMO) --model runs/demo/mtl_model.pt
 

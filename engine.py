@@ -480,9 +480,9 @@ def not_finite(description, step, epoch, total, losses):
 def evaluate(model, dataset, device, batch_size=32, workers=0, bfloat16=False, before_batch=lambda: None):
     """The figures of `model` on `dataset`, each a mean over the samples that have the label.
 
-    Computed in evaluation mode; the model's mode is restored. `before_batch` may raise. Several processes share the samples and
-    all return the figures over all of them. Returns a dict of float with the keys of METRICS and
-    'loss_<task>', without those of tasks that the network does not have or for which no sample has a
+    Computed in evaluation mode; the model's mode is restored. `before_batch` may raise. Several processes
+    share the samples and all return the figures over all of them. Returns a dict of float with the keys
+    of METRICS and 'loss_<task>', without those of tasks that the network does not have or for which no sample has a
     label.
     """
     was_training = model.training
@@ -703,22 +703,7 @@ class Run:
             if changed:
                 raise InputError(f'{path}: another configuration, {", ".join(changed)}; use the same '
                                  'options, or another --out')
-            history, best = content['history'], content['best']
-            mine = self.state(config) | {'history': history, 'best': best}
-            moments = {'step': torch.tensor(0.0), 'exp_avg': None, 'exp_avg_sq': None}
-            parameters = [p for group in self.optimizer.param_groups for p in group['params']]
-            mine['optimizer']['state'] = {
-                number: moments | dict.fromkeys(('exp_avg', 'exp_avg_sq'), parameters[number].detach())
-                for number in content['optimizer']['state'] if number in range(len(parameters))
-            }
-            wrong = difference(mine, content)
-            rows = [*history, best] if history else []
-            if not all(isinstance(figure, (int, float)) for row in rows for figure in row.values()) \
-                    or [row['epoch'] for row in history if row['total_seconds'] >= 0] != list(range(1, len(history) + 1)):
-                wrong = 'its history is not that of a training'
-            done = content['schedule']['last_epoch']
-            if wrong or not 0 <= content['steps'] <= epoch_steps or done != len(history) * epoch_steps + content['steps']:
-                raise ValueError(wrong or f'{done} steps are not {len(history)} epochs and {content["steps"]} steps')
+            self.require_state(content, config, epoch_steps)
             for name in self.PARTS:
                 getattr(self, name).load_state_dict(content[name])
             if not all(map(is_finite, (self.model, self.weighting, self.average))):
@@ -726,12 +711,33 @@ class Run:
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise InputError(f'{path}: does not fit this training ({reason(error)}); start anew with '
                              'another --out') from None
-        if history:
-            load_model(path.parent / 'best.pt')  # will be needed at the end
-        self.history, self.best, self.steps, self.seconds = history, best, content['steps'], content['seconds']
+        self.history, self.best = content['history'], content['best']
+        self.steps, self.seconds = content['steps'], content['seconds']
         self.start_clock()
+        if self.history:
+            load_model(path.parent / 'best.pt')  # will be needed at the end
         if is_first_process():  # it has the sums over all processes
             self.means = Means(content['sums'], content['counts'])
+
+    def require_state(self, content, config, epoch_steps):
+        """Raises ValueError if `content` is not what `state` returns in a run of `epoch_steps` steps an epoch."""
+        history, steps, done = content['history'], content['steps'], content['schedule']['last_epoch']
+        parameters = [p.detach() for group in self.optimizer.param_groups for p in group['params']]
+        mine = self.state(config) | {'history': history, 'best': content['best']}
+        mine['optimizer']['state'] = {  # those that have had a gradient have moments
+            number: {'step': torch.tensor(0.0), 'exp_avg': parameters[number], 'exp_avg_sq': parameters[number]}
+            for number in content['optimizer']['state'] if number in range(len(parameters))
+        }
+        wrong = difference(mine, content)
+        if wrong:
+            raise ValueError(wrong)
+        rows = [*history, content['best']] if history else []
+        if not all(isinstance(figure, (int, float)) for row in rows for figure in row.values()):
+            raise ValueError('its history holds more than numbers')
+        epochs = [row['epoch'] for row in history if row['total_seconds'] >= 0]
+        if epochs != list(range(1, len(history) + 1)) or not 0 <= steps <= epoch_steps \
+                or done != len(history) * epoch_steps + steps:
+            raise ValueError(f'{done} steps are not {len(history)} epochs and {steps} steps')
 
 
 class Saving:
@@ -787,25 +793,26 @@ def save_state(state, folder):
     (folder / 'metrics.json').unlink(missing_ok=True)  # of a finished run, which this one is not
 
 
-def find_state(folder, resume, device):
-    """(content, path) of the checkpoint to go on from as --resume asks; (None, None) to start anew."""
+def find_state(folder, resume):
+    """The path of the checkpoint to go on from as --resume asks; None to start anew."""
     last, previous = folder / 'last.pt', folder / 'previous.pt'
     if resume is None:
         if last.exists() and not (folder / 'metrics.json').exists():
             raise InputError(f'{folder}: holds an unfinished run; --resume goes on with it; to start anew, remove '
                              'its last.pt or give another --out')
-        return None, None
+        return None
     if resume == 'last':
-        return load_checkpoint(last, TRAINING_FORMAT, device), last
+        return last
     for path in last, previous:
         if os.path.lexists(path):
             try:
-                return load_checkpoint(path, TRAINING_FORMAT, device), path
+                load_checkpoint(path, TRAINING_FORMAT)
+                return path
             except InputError as error:
                 say(f'warning: {error}; kept as damaged.pt')
                 os.replace(path, folder / 'damaged.pt')
     say(f'{folder}: no sound checkpoint to go on from; starting anew')
-    return None, None
+    return None
 
 
 def moving_average(decay):
@@ -857,9 +864,9 @@ def train_in_group(network, weighting, args, out, interruption, after_epoch):
         'preparation': train_set.preparation,
         **{name: getattr(args, name) for name in ('data', 'epochs', 'batch_size', 'lr', 'seed', 'limit_batches')},
     }
-    found, path = find_state(out, args.resume, run.device)
-    if found is not None:
-        run.restore(found, path, config, steps)
+    path = gathered(find_state(out, args.resume) if is_first_process() else None)[0]
+    if path is not None:
+        run.restore(load_checkpoint(path, TRAINING_FORMAT, run.device), path, config, steps)
         say(f'going on from {path}, epoch {len(run.history) + 1}, step {run.steps} of {steps}')
     say(', '.join(f'{name} {value}' for name, value in config.items()))
     saving = Saving(run, config, out, args.checkpoint_minutes, interruption)

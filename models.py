@@ -156,7 +156,8 @@ class SharedEncoderNet(nn.Module):
     def forward(self, x, decode=None):
         size = x.shape[-2:]
         if not networks_take(*size):
-            raise ValueError(f'images of {size[0]} x {size[1]}; sides must be multiples of 16 from 64 to {LARGEST_SIDE}')
+            raise ValueError(f'images of {size[0]} x {size[1]}; sides must be multiples of 16 '
+                             f'from 64 to {LARGEST_SIDE}')
         features = self.encoder(x)
         label = mask = bbox = None
         if self.class_head is not None:

@@ -204,7 +204,8 @@ def main():
     counts, lost = dict.fromkeys(names, 0), []
     with tempfile.TemporaryDirectory() as scratch:
         for number, name in enumerate(names):
-            rng, wanted = random.Random(f'{args.seed} {name}'), args.count // len(names) + (number < args.count % len(names))
+            rng = random.Random(f'{args.seed} {name}')
+            wanted = args.count // len(names) + (number < args.count % len(names))
             (Path(scratch) / name).mkdir()
             kind = KINDS[name](Path(scratch) / name)
             while counts[name] < wanted:

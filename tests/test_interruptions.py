@@ -159,7 +159,8 @@ def test_a_damaged_last_checkpoint_is_kept_and_never_follows_the_one_before_it(s
     (tmp_path / 'last.pt').write_bytes(b'damaged')
     with pytest.raises(InputError, match='last.pt: not a sound checkpoint'):
         train(shared_data, tmp_path, '--resume')
-    content, path = engine.find_state(tmp_path, 'auto', 'cpu')
+    path = engine.find_state(tmp_path, 'auto')
+    content = engine.load_checkpoint(path, engine.TRAINING_FORMAT)
     assert path.name == 'previous.pt' and content['steps'] == 1
     assert 'warning: ' in capsys.readouterr().out and (tmp_path / 'damaged.pt').read_bytes() == b'damaged'
     engine.save_state(content, tmp_path)
