@@ -1,5 +1,6 @@
 """One image, one chunk: what comes out, and that nothing is lost on the way."""
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -243,6 +244,7 @@ def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
 
 
 def crash(path, number):
+    faulthandler.disable()  # pytest's would print where
     os.kill(os.getpid(), number)
 
 
