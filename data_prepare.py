@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import synthetic_pets
-from data_rechunk import (LARGEST_SIDE, MASK_UNKNOWN, SPLITS, InputError, alone_in, create_h5,
+from data_rechunk import (LARGEST_SIDE, MASK_UNKNOWN, SPLITS, InputError, Interruption, alone_in, create_h5,
                           has_checksums, has_own, networks_take, one_line, reading_h5, reason,
                           replacing, run_script, whole_number)
 
@@ -339,6 +339,7 @@ def prepare(source, out, size, shares, seed, limit, options):
         refuse_to_replace_others(path)
     writers, digest = [], hashlib.sha256(options.encode())
     with ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
         for split in SPLITS:
             stack.enter_context(alone_in(Path(out) / split))
         parts = iter(stack.enter_context(replacing(*targets)))
@@ -348,6 +349,7 @@ def prepare(source, out, size, shares, seed, limit, options):
             writer = SplitWriter({stem: next(parts) for stem in STEMS}, size, source.class_names, files)
             writers.append(writer)
             for record in sorted(splits[split]):
+                interruption.check()
                 try:
                     writer.add(record, source.read(record, size, warn))
                 except Unreadable as error:

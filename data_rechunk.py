@@ -88,14 +88,53 @@ def handle_signals(handler):
     if threading.current_thread() is not threading.main_thread():  # Python calls no handlers elsewhere
         return {}
     handled = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in handled}
+    return {number: signal.signal(number, handler) or signal.SIG_DFL for number in handled}
+
+
+class Interruption:
+    """While it is entered, the signals of STOPPING wait for the next `check`, or for its end."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __enter__(self):
+        self.before = handle_signals(self._note)
+        return self
+
+    def __exit__(self, kind, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if kind is None:
+            self.check()
+
+    def _note(self, number, frame):
+        self.number = self.number or number
+
+    def check(self):
+        """Raises Interrupted if a signal has come."""
+        if self.number:
+            raise Interrupted(self.number)
+
+
+@contextmanager
+def signals_blocked():
+    """Hold signals off from this process and from those that it starts, which stay so until they say otherwise."""
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_script(main):
     """Call `main()`; turn bad input into one line on standard error and exit status 1, signals into 128 + n."""
     handle_signals(interrupt)
     for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors='backslashreplace')  # for file names that are no text
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # for file names that are no text
     try:
         main()
         return
@@ -229,8 +268,8 @@ def alone_in(folder):
             yield
             return
         locks.append(descriptor)
-        for part in Path(folder).glob('*.*.part'):
-            if part.suffixes[-2][1:].isdecimal():
+        for part in Path(folder).glob('*.part'):
+            if re.fullmatch(r'.+\.(h5|pt|csv|png|json)\.\d+\.part', part.name):
                 part.unlink(missing_ok=True)
         try:
             yield
@@ -289,7 +328,8 @@ class ToughFile:
 def create_h5(path, **options):
     """Yield (h5py.File, ToughFile) for a new HDF5 file; raises OSError if it cannot all be written.
 
-    In the format of HDF5 1.10, whose own structures have checksums.
+    In the format of HDF5 1.10, whose own structures have checksums. To be used inside an Interruption: a
+    signal's exception in a ToughFile would be raised within HDF5.
     """
     storage = ToughFile(path)
     try:
@@ -427,12 +467,16 @@ def source_slabs(source, dtype, scratch_folder):
 def through_scratch(boxes, blocks, n, sample, dtype, folder):
     """Yield slabs of `n` samples whose `blocks` (n, h, w, c) arrive one box of the image at a time."""
     rows = max(1, SLAB_BYTES // (math.prod(sample) * dtype.itemsize))
-    with tempfile.TemporaryFile(dir=folder) as scratch:
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as scratch:
         offsets, sizes = [], []
         for values in blocks:
             offsets.append(scratch.tell())
             sizes.append(values[0].nbytes)
-            scratch.write(np.ascontiguousarray(values))
+            try:
+                scratch.write(np.ascontiguousarray(values))
+            except OSError as error:
+                raise InputError(f'{folder}: no room for {n * math.prod(sample) * dtype.itemsize} bytes of scratch '
+                                 f'({reason(error)})') from None
         for start in range(0, n, rows):
             slab = np.empty((min(rows, n - start), *sample), dtype)
             for box, offset, size in zip(boxes, offsets, sizes):
@@ -463,13 +507,14 @@ def write_chunked(source, target_path, dtype, checksums):
     """Copy `source` to a new file at `target_path`, one sample a chunk, and compare what it then holds."""
     stem = source.name.strip('/').removeprefix('chunked_')
     # Without a chunk cache, chunks go straight to the file, and reading them back reads the file.
-    with create_h5(target_path, rdcc_nbytes=0) as (file, storage):
+    with Interruption() as interruption, create_h5(target_path, rdcc_nbytes=0) as (file, storage):
         target = file.create_dataset(stem, source.shape, dtype, chunks=target_chunks(source),
                                      fletcher32=checksums)
         # The second name for the same data, which the original's data loader asks for.
         file[f'chunked_{stem}'] = target
-        for key, value in source.attrs.items():
-            target.attrs[key] = value
+        for new, old in (target, source), (file, source.file):
+            for key, value in old.attrs.items():
+                new.attrs[key] = value
         for key in source.file:
             if key not in file:  # whatever else the file holds goes along unchanged
                 if has_own(source.file, key):
@@ -483,6 +528,7 @@ def write_chunked(source, target_path, dtype, checksums):
             for slab in slabs:
                 target[start:start + len(slab)] = slab
                 storage.check()
+                interruption.check()
                 if not same_bytes(np.ascontiguousarray(slab), target[start:start + len(slab)]):
                     raise OSError(errno.EIO, 'what was read back differs from what was written', str(target_path))
                 start += len(slab)
@@ -546,17 +592,22 @@ def in_own_process(function, path, *arguments):
     """`function(path, *arguments)`, called in a process of its own with bounded time and memory.
 
     A file that was damaged or made to do harm can crash HDF5, keep it in a loop or let it ask for all
-    memory. Raises InputError where that happens, and that of the function.
+    memory. Raises InputError where that happens, and the function's InputError or OSError.
     """
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.Process(target=answer, args=(sender, os.getpid(), function, path, *arguments))
-    process.start()
+    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(sender, os.getpid(), function, path, *arguments))
+    with signals_blocked():
+        process.start()
     sender.close()
     try:
         result = receiver.recv()
     except EOFError:
         process.join()
-        how = 'took too long' if process.exitcode == -signal.SIGALRM else f'ended with {process.exitcode}'
+        target = Path(os.path.realpath(path))
+        target.with_name(f'{target.name}.{process.pid}.part').unlink(missing_ok=True)
+        slow = hasattr(signal, 'SIGPROF') and process.exitcode == -signal.SIGPROF
+        how = 'took too long' if slow else f'ended with {process.exitcode}'
         raise InputError(f'{path}: reading it {how}, as damage can cause; it is left as it was; make it '
                          'again') from None
     except KeyboardInterrupt:
@@ -564,25 +615,28 @@ def in_own_process(function, path, *arguments):
         raise
     finally:
         process.join()
-    if isinstance(result, InputError):
+    if isinstance(result, Exception):
         raise result
     return result
 
 
 def answer(sender, parent, function, path, *arguments):
-    """What the process does; its answer is the value or the InputError."""
-    size = os.stat(path).st_size if os.path.isfile(path) else 0
-    if resource is not None:
-        signal.alarm(60 + size // 1_000_000)  # no disk is slower than a megabyte a second
-        most = (1 << 30) + 3 * size
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    if sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the parent
-        if os.getppid() != parent:
-            os._exit(1)
+    """What the process does; its answer is the value or the error."""
     try:
+        if resource is not None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+            size = os.stat(path).st_size if os.path.isfile(path) else 0
+            # Seconds of computing, not of waiting: nothing takes a second for a megabyte.
+            signal.setitimer(signal.ITIMER_PROF, 60 + size / 1e6)
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            most = (1 << 30) + 3 * size
+            resource.setrlimit(resource.RLIMIT_DATA, (most if hard < 0 else min(most, hard), hard))
+        if sys.platform == 'linux':
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the parent
+            if os.getppid() != parent:
+                os._exit(1)
         result = function(path, *arguments)
-    except InputError as error:
+    except (InputError, OSError) as error:
         result = error
     except KeyboardInterrupt:  # the parent says so
         return

@@ -27,7 +27,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 import models
 import utils
-from data_rechunk import (LARGEST_SIDE, STOPPING, InputError, Interrupted, alone_in, handle_signals,
-                          leave_locks, naming, networks_take, reason, replacing, whole_number, write_file)
+from data_rechunk import (LARGEST_SIDE, STOPPING, InputError, Interrupted, Interruption, alone_in, leave_locks,
+                          naming, networks_take, reason, replacing, signals_blocked, whole_number, write_file)
 from dataloader_mtl import MTLDataset, collate, training_transform
 
 MODEL_FORMAT = 'segmentation-mtl model 1'
@@ -53,6 +53,8 @@ TRAINING_FORMAT = 'segmentation-mtl training 2'
 
 NETWORKS = {network.__name__: network
             for network in (models.MTLNet, models.UNet, models.AblatedNet, models.AblatedNet2)}
+
+MOVING = ('last_epoch', '_step_count', '_last_lr', '_get_lr_called_within_step', '_is_initial')  # of a schedule
 
 JITTER = 0.3  # of colour in training
 MASK_REPEATS = 3  # times that a photograph with a mask comes in an epoch where masks are rare
@@ -208,6 +210,20 @@ def gathered(value):
     return values
 
 
+def first_process_does(action):
+    """`action()` in the first process alone; its value, or its InputError, in all of them."""
+    value = error = None
+    if is_first_process():
+        try:
+            value = action()
+        except InputError as raised:
+            error = str(raised)
+    value, error = gathered((value, error))[0]
+    if error:
+        raise InputError(error)
+    return value
+
+
 # ---- data
 
 
@@ -297,12 +313,12 @@ class EpochBatches(Dataset):
                           worker_init_fn=start_worker, pin_memory=device.type == 'cuda')
 
 
-def start_worker(number):
+def start_worker(_):
     """What stops the training does not stop a loading process, or the step could not be finished."""
     leave_locks()
     if hasattr(signal, 'pthread_sigmask'):
-        for each in STOPPING:
-            signal.signal(each, signal.SIG_IGN)
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
         # The DataLoader ends its processes itself. Should it not, SIGTERM does so a minute later.
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
@@ -310,51 +326,18 @@ def start_worker(number):
 
 def started(loader):
     """`iter(loader)`, with signals held off from its processes until `start_worker` has dealt with them."""
-    if not hasattr(signal, 'pthread_sigmask'):
+    with signals_blocked():
         return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class Interruption:
-    """While it is entered, SIGINT, SIGTERM and SIGHUP wait for the next `check`."""
-
-    def __init__(self):
-        self.number = self.since = 0
-
-    def __enter__(self):
-        self.before = handle_signals(self._note)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        now = time.monotonic()
-        if self.number and number == signal.SIGINT and now - self.since > 1:
-            raise KeyboardInterrupt  # someone is impatient
-        if not self.number:
-            self.number, self.since = number, now
-
-    def check(self):
-        """Raises Interrupted if a signal has come."""
-        if self.number:
-            raise Interrupted(self.number)
-
-    def check_together(self, due, device):
-        """The same for all processes at once; also whether `due` is true in any of them."""
-        if not dist.is_initialized():
-            self.check()
-            return due
-        asked = torch.tensor([self.number, due], device=device)
+def check_together(interruption, due, device):
+    """`interruption.check` for all processes at once; also whether `due` is true in any of them."""
+    if dist.is_initialized():
+        asked = torch.tensor([interruption.number, due], device=device)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
-        self.number, due = asked.tolist()
-        self.check()
-        return bool(due)
+        interruption.number, due = asked.tolist()
+    interruption.check()
+    return bool(due)
 
 
 # ---- one epoch
@@ -450,7 +433,7 @@ def train_one_epoch(run, loader, description, before_step=lambda: None):
             before_step()
             epoch.seed(run.steps, 1)
             total, losses = run.objective(to_device(batch, run.device))
-            if not total.isfinite():
+            if not all(gathered(bool(total.isfinite()))):
                 raise not_finite(description, run.steps, epoch, total, losses)
             run.optimizer.zero_grad()
             total.backward()
@@ -519,6 +502,10 @@ def report(title, figures):
 # ---- checkpoints
 
 
+class Damaged(InputError):
+    """A checkpoint of which nothing can be told."""
+
+
 def load_checkpoint(path, expected, device='cpu'):
     """Read a checkpoint of the `expected` format; raises InputError for any other file.
 
@@ -530,10 +517,12 @@ def load_checkpoint(path, expected, device='cpu'):
     try:
         check_archive(path)
         content = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, MemoryError) as error:
+        raise InputError(f'{path}: cannot be read ({reason(error)})') from None
     except Exception as error:  # torch.load lets through whatever damage makes it raise
         said = 'it holds more than plain weights' if 'weights_only' in str(error) else reason(error)
-        raise InputError(f"{path}: not a sound checkpoint ({said}); expected '{expected}', which the training "
-                         'scripts write') from None
+        raise Damaged(f"{path}: not a sound checkpoint ({said}); expected '{expected}', which the training "
+                      'scripts write') from None
     found = content.get('format') if isinstance(content, dict) else None
     if not isinstance(found, str) or found != expected:
         what = 'another kind of PyTorch file, such as a state dict'
@@ -731,6 +720,11 @@ class Run:
         wrong = difference(mine, content)
         if wrong:
             raise ValueError(wrong)
+        plan, other = ({key: value for key, value in each['schedule'].items() if key not in MOVING} for each in (mine, content))
+        if plan != other:
+            raise ValueError('its schedule is another')
+        if not isinstance(history, list) or (content['best'] not in history if history else content['best'] is not None):
+            raise ValueError('its best epoch is none of its history')
         rows = [*history, content['best']] if history else []
         if not all(isinstance(figure, (int, float)) for row in rows for figure in row.values()):
             raise ValueError('its history holds more than numbers')
@@ -750,7 +744,7 @@ class Saving:
 
     def before_step(self):
         due = time.monotonic() - self.time > self.seconds and self.run.position() != self.position
-        if self.interruption.check_together(due, self.run.device):
+        if check_together(self.interruption, due, self.run.device):
             self.write()
 
     def write(self):
@@ -767,6 +761,8 @@ class Saving:
         epoch, steps = self.position
         if (epoch, steps) == (1, 0):
             return stop
+        if epoch > self.config['epochs']:
+            return Interrupted(stop.number, 'interrupted in the test; go on with the same command and --resume')
         return Interrupted(stop.number, f'interrupted in epoch {epoch}, after {steps} steps of it; '
                            f'{self.folder}/last.pt is written; go on with the same command and --resume')
 
@@ -786,7 +782,7 @@ def save_state(state, folder):
         with replacing(folder / 'previous.pt') as part, naming(part):
             part.unlink()
             try:
-                os.link(last, part)
+                os.link(os.path.realpath(last), part)
             except OSError:  # a file system without hard links
                 shutil.copyfile(last, part)
     write_file(last, lambda file: torch.save(state, file))
@@ -796,7 +792,7 @@ def save_state(state, folder):
 def find_state(folder, resume):
     """The path of the checkpoint to go on from as --resume asks; None to start anew."""
     last, previous = folder / 'last.pt', folder / 'previous.pt'
-    if resume is None:
+    if not resume:
         if last.exists() and not (folder / 'metrics.json').exists():
             raise InputError(f'{folder}: holds an unfinished run; --resume goes on with it; to start anew, remove '
                              'its last.pt or give another --out')
@@ -808,9 +804,9 @@ def find_state(folder, resume):
             try:
                 load_checkpoint(path, TRAINING_FORMAT)
                 return path
-            except InputError as error:
-                say(f'warning: {error}; kept as damaged.pt')
-                os.replace(path, folder / 'damaged.pt')
+            except Damaged as error:
+                say(f'warning: {error}; kept as damaged_{path.name}')
+                os.replace(path, folder / f'damaged_{path.name}')
     say(f'{folder}: no sound checkpoint to go on from; starting anew')
     return None
 
@@ -832,8 +828,8 @@ def train(network, weighting, args, after_epoch=None):
     `after_epoch(row, model)`, if given, is called with each new row of log.csv and the averaged model.
     """
     out = Path(args.out)
-    with process_group(args.device), Interruption() as interruption, \
-            alone_in(out) if is_first_process() else nullcontext():
+    with process_group(args.device), Interruption() as interruption, ExitStack() as stack:
+        first_process_does(lambda: stack.enter_context(alone_in(out)))
         return train_in_group(network, weighting, args, out, interruption, after_epoch)
 
 
@@ -864,7 +860,7 @@ def train_in_group(network, weighting, args, out, interruption, after_epoch):
         'preparation': train_set.preparation,
         **{name: getattr(args, name) for name in ('data', 'epochs', 'batch_size', 'lr', 'seed', 'limit_batches')},
     }
-    path = gathered(find_state(out, args.resume) if is_first_process() else None)[0]
+    path = first_process_does(lambda: find_state(out, args.resume))
     if path is not None:
         run.restore(load_checkpoint(path, TRAINING_FORMAT, run.device), path, config, steps)
         say(f'going on from {path}, epoch {len(run.history) + 1}, step {run.steps} of {steps}')
@@ -898,6 +894,7 @@ def train_in_group(network, weighting, args, out, interruption, after_epoch):
                 'total_seconds': run.clock(),
             }
             if run.add(row) and is_first_process():
+                (out / 'metrics.json').unlink(missing_ok=True)  # of a finished run, which this one is not
                 best = model_content(network, run.average.module, train_set)
                 write_file(out / 'best.pt', lambda file: torch.save(best, file))
             if is_first_process():

@@ -43,8 +43,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     root, rows = Path(args.out), {}
     args.resume = args.resume and 'auto'  # some are finished, one is under way, others have not begun
+    names = (args.only,) if args.only else NAMES
     with engine.process_group(args.device):
-        for name in (args.only,) if args.only else NAMES:
+        if not args.resume:  # an unfinished run is refused before hours go into those that come before it
+            engine.first_process_does(lambda: [engine.find_state(root / name, None) for name in names])
+        for name in names:
             engine.say(f'---- {name}')
             args.out = root / name
             rows[name] = engine.train(MTLNet, weighting(name), args)

@@ -8,8 +8,8 @@ process can catch) after a random time, a few times over, then lets it finish. A
 
 - prepare writes over an earlier preparation: each file has the bytes of the earlier or of the new one;
 - rechunk: each file has the bytes of the source or is rechunked with the same values;
-- train, with two loading processes and a checkpoint after each step: last.pt and best.pt, if they are there,
-  are sound, and the next start goes on with --resume auto.
+- train, with two loading processes and a checkpoint after each step: last.pt and best.pt are sound, no step
+  that they had is missing, and the next start goes on at once with --resume auto.
 
 At the end: no unfinished file is left, and files and weights are those of a run that was not killed, bit
 for bit. The ratio: kills after which all was well to all kills.
@@ -38,9 +38,9 @@ class Lost(Exception):
     """What was lost."""
 
 
-def start(script, *options):
+def start(script, *options, stdout=subprocess.PIPE):
     command = [sys.executable, str(common.ROOT / script), *map(str, options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, text=True)
 
 
 def seconds_to_finish(script, *options):
@@ -57,12 +57,14 @@ def seconds_to_finish(script, *options):
 
 def kill_after(seconds, script, *options):
     """Start the script and kill it; returns whether it was still running. It may have ended, but well."""
-    with start(script, *options) as process:
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        output = process.stdout.read()
+    with tempfile.TemporaryFile('w+') as log:  # a pipe would be open until the loading processes are gone, too
+        with start(script, *options, stdout=log) as process:
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+        log.seek(0)
+        output = log.read()
     if process.returncode not in (0, -signal.SIGKILL):
         raise Lost(f'{script} ended with {process.returncode}: {output.strip().splitlines()[-1:]}')
     return process.returncode != 0
@@ -88,7 +90,10 @@ class Prepare:
         return self.command(2, self.work)
 
     def check(self):
-        for name, content in files(self.work).items():
+        found = files(self.work)
+        if found.keys() != self.new.keys():
+            raise Lost(f'{sorted(self.new.keys() - found.keys())} are gone')
+        for name, content in found.items():
             if content not in (self.earlier[name], self.new[name]):
                 raise Lost(f'{name} is neither the earlier file nor the new one')
 
@@ -152,12 +157,19 @@ class Train:
 
     def begin(self):
         self.work.mkdir()
+        self.progress = 0, 0
         return self.command(self.work)
 
     def check(self):
-        for name, kind in ('last.pt', engine.TRAINING_FORMAT), ('best.pt', engine.MODEL_FORMAT):
-            if (self.work / name).exists():
-                engine.load_checkpoint(self.work / name, kind)
+        progress = 0, 0
+        if (self.work / 'last.pt').exists():
+            state = engine.load_checkpoint(self.work / 'last.pt', engine.TRAINING_FORMAT)
+            progress = len(state['history']), state['steps']
+        if progress < self.progress:
+            raise Lost(f'{progress} epochs and steps are fewer than the {self.progress} of before')
+        self.progress = progress
+        if progress[0]:
+            engine.load_checkpoint(self.work / 'best.pt', engine.MODEL_FORMAT)
 
     def check_end(self):
         final = self.final(self.work)
@@ -174,6 +186,7 @@ class Train:
 
 
 KINDS = {'prepare': Prepare, 'rechunk': Rechunk, 'train': Train}
+SHARES = {'prepare': 3, 'rechunk': 4, 'train': 3}  # of the kills; a training takes the longest
 
 
 def kill_and_finish(kind, kills, rng):
@@ -181,8 +194,11 @@ def kill_and_finish(kind, kills, rng):
     killed, command = 0, kind.begin()
     try:
         for _ in range(kills):
-            killed += kill_after(rng.uniform(*kind.span), *command)
+            running = kill_after(rng.uniform(*kind.span), *command)
             kind.check()
+            if not running:  # it has finished, and there is nothing more to lose
+                break
+            killed += 1
         seconds_to_finish(*command)
         kind.check_end()
         left = [path for path in kind.work.rglob('*.part')]
@@ -205,7 +221,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         for number, name in enumerate(names):
             rng = random.Random(f'{args.seed} {name}')
-            wanted = args.count // len(names) + (number < args.count % len(names))
+            share = SHARES[name] / sum(SHARES[each] for each in names[number:])
+            wanted = round(share * (args.count - sum(counts.values())))
             (Path(scratch) / name).mkdir()
             kind = KINDS[name](Path(scratch) / name)
             while counts[name] < wanted:

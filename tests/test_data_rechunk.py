@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -230,11 +231,38 @@ def test_a_signal_ends_a_script_with_nothing_left_behind(tmp_path, number, statu
     done = in_a_process(f"""
 def interrupted(*_):
     signal.raise_signal({int(number)})
+    return True
 data_rechunk.same_bytes = interrupted
 signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may have been started with it ignored
 data_rechunk.run_script(lambda: data_rechunk.rechunk_file(sys.argv[1]))""", path)
     assert (done.returncode, done.stderr) == (status, 'interrupted\n')
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['images.h5']
+
+
+def test_a_signal_while_hdf5_writes_waits_until_it_has(tmp_path):
+    """An exception that is raised within HDF5 is lost, or crashes it as it closes the file."""
+    path = write(tmp_path / 'images.h5', images())
+    done = in_a_process("""
+original = data_rechunk.ToughFile._write_all
+def write_all(*args):
+    signal.raise_signal(signal.SIGTERM)
+    original(*args)
+data_rechunk.ToughFile._write_all = write_all
+data_rechunk.run_script(lambda: data_rechunk.rechunk_file(sys.argv[1]))""", path)
+    assert (done.returncode, done.stderr) == (143, 'interrupted\n')
+    assert os.listdir(tmp_path) == ['images.h5']
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_rechunk, 'SLAB_BYTES', 3 * 48 * 40 * 3)
+    path = write(tmp_path / 'images.h5', images(64), chunks=(64, 8, 8, 1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(data_rechunk.InputError, match='no room for 368640 bytes of scratch .File too large'):
+            rechunk_file(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
@@ -245,6 +273,7 @@ def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
 
 def crash(path, number):
     faulthandler.disable()  # pytest's would print where
+    path.with_name(f'{path.name}.{os.getpid()}.part').touch()  # it was at its work
     os.kill(os.getpid(), number)
 
 
@@ -254,13 +283,14 @@ def greedy(path):
 
 @pytest.mark.parametrize('function, arguments, message', [
     (crash, (signal.SIGSEGV,), 'reading it ended with -11'),
-    (crash, (signal.SIGALRM,), 'reading it took too long'),
+    (crash, (signal.SIGPROF,), 'reading it took too long'),
     (greedy, (), 'reading it ended with 1'),
 ], ids=['crash', 'hang', 'memory'])
 def test_what_crashes_hangs_or_eats_memory_does_so_in_a_process_of_its_own(tmp_path, function, arguments, message):
     path = write(tmp_path / 'images.h5', images())
     with pytest.raises(data_rechunk.InputError, match=message):
         data_rechunk.in_own_process(function, path, *arguments)
+    assert os.listdir(tmp_path) == ['images.h5']
     assert data_rechunk.in_own_process(rechunk_file, path) == 20
 
 

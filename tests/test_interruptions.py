@@ -14,6 +14,7 @@ from test_engine import arguments_of, train
 import data_rechunk
 import engine
 import mtl_vis
+import oeq_weighting
 from data_rechunk import InputError, Interrupted
 from models import MTLNet
 from utils import UncertaintyLoss
@@ -162,17 +163,19 @@ def test_a_damaged_last_checkpoint_is_kept_and_never_follows_the_one_before_it(s
     path = engine.find_state(tmp_path, 'auto')
     content = engine.load_checkpoint(path, engine.TRAINING_FORMAT)
     assert path.name == 'previous.pt' and content['steps'] == 1
-    assert 'warning: ' in capsys.readouterr().out and (tmp_path / 'damaged.pt').read_bytes() == b'damaged'
+    assert 'warning: ' in capsys.readouterr().out and (tmp_path / 'damaged_last.pt').read_bytes() == b'damaged'
     engine.save_state(content, tmp_path)
     assert engine.load_checkpoint(tmp_path / 'previous.pt', engine.TRAINING_FORMAT)['steps'] == 1
 
 
 @pytest.mark.parametrize('entry, value', [
-    ('history', [{}]), ('history', []), ('best', None), ('steps', 99), ('steps', -1), ('steps', 1.0), ('schedule', {}),
+    ('history', [{}]), ('history', []), ('history', {}), ('best', {}), ('best', 'text'), ('schedule', {'total_steps': 1}), ('best', None), ('steps', 99), ('steps', -1), ('steps', 1.0), ('schedule', {}),
     ('sums', {'mask': 'a'}), ('seconds', None), ('model', None), ('config', 7), ('optimizer', {'state': {}}),
 ])
 def test_a_checkpoint_with_an_impossible_entry_is_refused(shared_data, whole, tmp_path, entry, value):
     content = torch.load(whole / 'last.pt', weights_only=True)
+    if entry == 'schedule' and value:
+        value = content['schedule'] | value
     torch.save(content | {entry: value}, tmp_path / 'last.pt')
     with pytest.raises(InputError, match='last.pt: does not fit this training'):
         train(shared_data, tmp_path, '--resume')
@@ -237,3 +240,38 @@ def test_several_processes_train_from_the_files_that_another_reads(shared_data, 
                  for number, locking in enumerate(['TRUE', 'FALSE'])]
     assert [process.wait() for process in processes] == [0, 0]
     assert len(dataset) == sum(1 for _ in (dataset[i] for i in range(len(dataset))))
+
+
+def test_resume_auto_keeps_its_hands_off_a_checkpoint_of_another_format(shared_data, tmp_path):
+    for name in 'last.pt', 'previous.pt':
+        torch.save({'format': 'segmentation-mtl training 1'}, tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="last.pt: a file of the format 'segmentation-mtl training 1'"):
+        train(shared_data, tmp_path, '--resume', 'auto')
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_last_checkpoint_on_another_disk_stays_there_and_is_no_link_to_itself(tmp_path):
+    (tmp_path / 'disk').mkdir()
+    out = tmp_path / 'run'
+    out.mkdir()
+    (out / 'last.pt').symlink_to(tmp_path / 'disk' / 'last.pt')
+    for number in range(3):
+        engine.save_state({'number': number}, out)
+    assert torch.load(tmp_path / 'disk' / 'last.pt') == torch.load(out / 'last.pt') == {'number': 2}
+    assert torch.load(out / 'previous.pt') == {'number': 1}
+
+
+def test_a_signal_after_the_last_check_is_not_forgotten():
+    with pytest.raises(Interrupted) as stopped:
+        with data_rechunk.Interruption():
+            signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.status == 143
+
+
+def test_unfinished_weightings_are_refused_before_the_first_is_trained(shared_data, tmp_path):
+    (tmp_path / 'uncertainty').mkdir()
+    (tmp_path / 'uncertainty' / 'last.pt').touch()
+    with pytest.raises(InputError, match='uncertainty: holds an unfinished run'):
+        oeq_weighting.main(arguments_of(shared_data, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ['uncertainty']
