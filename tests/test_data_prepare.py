@@ -183,7 +183,9 @@ def test_what_is_no_photograph_is_left_out(oxford, tmp_path, capsys, spoil):
     main(['--root', str(root), '--out', str(tmp_path / 'out'), '--size', '64', '--split', '60-20-20'])
     output = capsys.readouterr()
     assert 'unreadable photographs left out: 1' in output.out
-    assert [line for line in output.err.splitlines() if 'breed0_0.jpg: ' in line]
+    warning, = [line for line in output.err.splitlines() if 'breed0_0.jpg: ' in line]
+    if path.is_file() and path.read_bytes().startswith(b'%!PS'):
+        assert 'cannot identify image file' in warning  # Pillow knows EPS, and is not to try it
 
 
 def test_whatever_a_decoder_raises_is_a_damaged_photograph(oxford, tmp_path, capsys, monkeypatch):

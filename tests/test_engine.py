@@ -415,8 +415,10 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(shared_data, t
     assert all(tensor.isfinite().all() for part in ('model', 'average') for tensor in last[part].values())
 
 
-def test_weights_that_are_not_finite_replace_none_that_are(shared_data, tmp_path, monkeypatch):
-    """The loss of the last step is finite, and what it makes of the weights is not."""
+@pytest.mark.parametrize('more', [(), ('--limit-batches', '3', '--batch-size', '5', '--checkpoint-minutes', '1e-9')],
+                         ids=['at the end of the epoch', 'within it'])
+def test_weights_that_are_not_finite_replace_none_that_are(shared_data, tmp_path, monkeypatch, more):
+    """The loss of a step is finite, and what it makes of the weights is not."""
     train(shared_data, tmp_path, '--limit-batches', '1')
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     step = torch.optim.AdamW.step
@@ -427,7 +429,7 @@ def test_weights_that_are_not_finite_replace_none_that_are(shared_data, tmp_path
 
     monkeypatch.setattr(torch.optim.AdamW, 'step', overflow)
     with pytest.raises(InputError, match='epoch 1, step 1: the loss was finite and the weights are not'):
-        train(shared_data, tmp_path, '--limit-batches', '1')
+        train(shared_data, tmp_path, '--limit-batches', '1', *more)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
