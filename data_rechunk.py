@@ -628,10 +628,10 @@ def answer(sender, parent, function, path, *arguments):
             size = os.stat(path).st_size if os.path.isfile(path) else 0
             # Seconds of computing, not of waiting: nothing takes a second for a megabyte.
             signal.setitimer(signal.ITIMER_PROF, 60 + size / 1e6)
-            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-            most = (1 << 30) + 3 * size
-            resource.setrlimit(resource.RLIMIT_DATA, (most if hard < 0 else min(most, hard), hard))
         if sys.platform == 'linux':
+            in_use = 1024 * int(re.search(r'VmData:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+            most, (_, hard) = in_use + (1 << 30) + 3 * size, resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (most if hard < 0 else min(most, hard), hard))
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the parent
             if os.getppid() != parent:
                 os._exit(1)

@@ -294,6 +294,12 @@ def test_what_crashes_hangs_or_eats_memory_does_so_in_a_process_of_its_own(tmp_p
     assert data_rechunk.in_own_process(rechunk_file, path) == 20
 
 
+def test_what_the_parent_has_in_memory_is_not_taken_from_the_process_of_a_file(tmp_path):
+    path = write(tmp_path / 'images.h5', images())
+    mapped = np.empty(5 << 30, np.uint8)  # which costs nothing as long as nobody writes to it
+    assert data_rechunk.in_own_process(rechunk_file, path) == 20 and len(mapped)
+
+
 def test_the_process_of_a_file_ends_with_its_parent(tmp_path):
     """Killed, which it cannot tell anyone, a script must not leave a process that writes."""
     done = in_a_process("""
