@@ -17,6 +17,7 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,15 +148,26 @@ class OxfordPets:
 
 LARGEST_LIST, LARGEST_XML = 100 << 20, 1 << 20  # bytes; the dataset's have 300 thousand and a thousand
 
-# What cameras, phones and browsers write. Pillow knows others, and starts a program for one of them (EPS).
-Image.init()
-FORMATS = [name for name in ('JPEG', 'MPO', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'AVIF') if name in Image.OPEN]
+
+@cache
+def formats():
+    """What cameras, phones and browsers write, as far as this Pillow has it.
+
+    Pillow knows others, and starts a program for one of them (EPS).
+    """
+    Image.init()  # here, because it takes a while and most imports of this file read no photograph
+    return [name for name in ('JPEG', 'MPO', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'AVIF') if name in Image.OPEN]
+
+
+def require_file(path):
+    """Raises Unreadable for what is there and no file: a pipe would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Unreadable(f'{path}: is not a file')
 
 
 def read_bounded(path, most):
     """The bytes of a file; raises Unreadable if it has more than `most` or is no file at all."""
-    if path.exists() and not path.is_file():
-        raise Unreadable(f'{path}: is not a file')
+    require_file(path)
     with open(path, 'rb') as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -166,13 +178,12 @@ def read_bounded(path, most):
 @contextmanager
 def opened_image(path):
     """Yield the file's PIL image; raises Unreadable for any that Pillow cannot read, also in the block."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise Unreadable(f'{path}: is not a file')  # a pipe would be waited for
+    require_file(path)
     try:
         with warnings.catch_warnings():
             # Pillow's remarks on readable files: very large, palette transparency, damaged EXIF.
             warnings.simplefilter('ignore')
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=formats()) as image:
                 yield image
     except Exception as error:  # Pillow's decoders let through whatever damage makes them raise
         raise Unreadable(f'{path}: {reason(error)}') from None

@@ -720,17 +720,15 @@ class Run:
         wrong = difference(mine, content)
         if wrong:
             raise ValueError(wrong)
-        plan, other = ({key: value for key, value in each['schedule'].items() if key not in MOVING} for each in (mine, content))
-        if plan != other:
+        if any(value != content['schedule'][key] for key, value in mine['schedule'].items() if key not in MOVING):
             raise ValueError('its schedule is another')
-        if not isinstance(history, list) or (content['best'] not in history if history else content['best'] is not None):
+        if not isinstance(history, list) or content['best'] not in (history or [None]):
             raise ValueError('its best epoch is none of its history')
-        rows = [*history, content['best']] if history else []
-        if not all(isinstance(figure, (int, float)) for row in rows for figure in row.values()):
+        if not all(isinstance(figure, (int, float)) for row in history for figure in row.values()):
             raise ValueError('its history holds more than numbers')
         epochs = [row['epoch'] for row in history if row['total_seconds'] >= 0]
-        if epochs != list(range(1, len(history) + 1)) or not 0 <= steps <= epoch_steps \
-                or done != len(history) * epoch_steps + steps:
+        if (epochs != list(range(1, len(history) + 1)) or not 0 <= steps <= epoch_steps
+                or done != len(history) * epoch_steps + steps):
             raise ValueError(f'{done} steps are not {len(history)} epochs and {steps} steps')
 
 
