@@ -5,14 +5,15 @@ The training scripts say which network and which weighting of the tasks' losses;
     args = engine.training_parser(__doc__, out='runs/mtl').parse_args()
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
 
-A run writes to its folder log.csv, curves.png, last.pt (to go on from) and previous.pt (the one before
-it), best.pt (the weights with the best validation Dice) and, at the end, metrics.json with the test
-figures of best.pt. On a CPU a run that was interrupted and resumed, wherever that was, ends with the
+A run writes to its folder last.pt (all of the run, to go on from) and previous.pt (the one before it);
+what is made from last.pt: log.csv, curves.png and best.pt (the model with the best validation Dice); and,
+at the end, metrics.json with the test figures of best.pt. On a CPU a run that was interrupted and resumed, wherever that was, ends with the
 weights of an uninterrupted one, bit for bit: every random number comes from a seed made of --seed, the
 epoch and the step.
 """
 
 import argparse
+import copy
 import csv
 import ctypes
 import io
@@ -24,6 +25,7 @@ import random
 import shutil
 import signal
 import time
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -49,7 +51,7 @@ from data_rechunk import (LARGEST_SIDE, STOPPING, InputError, Interrupted, Inter
 from dataloader_mtl import MTLDataset, collate, training_transform
 
 MODEL_FORMAT = 'segmentation-mtl model 1'
-TRAINING_FORMAT = 'segmentation-mtl training 2'
+TRAINING_FORMAT = 'segmentation-mtl training 3'
 
 NETWORKS = {network.__name__: network
             for network in (models.MTLNet, models.UNet, models.AblatedNet, models.AblatedNet2)}
@@ -516,7 +518,9 @@ def load_checkpoint(path, expected, device='cpu'):
         raise InputError(f'{path}: {found}; the training scripts make it')
     try:
         check_archive(path)
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch's remarks on files that are refused below
+            content = torch.load(path, map_location=device, weights_only=True)
     except (OSError, MemoryError) as error:
         raise InputError(f'{path}: cannot be read ({reason(error)})') from None
     except Exception as error:  # torch.load lets through whatever damage makes it raise
@@ -574,14 +578,14 @@ def network_arguments(network, class_names):
 
 
 def model_content(network, model, dataset):
-    """What best.pt and mtl_model.pt hold: all that rebuilds the model for prediction."""
+    """What best.pt and mtl_model.pt hold, all that rebuilds the model for prediction: a copy."""
     return {
         'format': MODEL_FORMAT,
         'network': network.__name__,
         'arguments': network_arguments(network, dataset.class_names),
         'class_names': dataset.class_names,
         'image_size': list(dataset.image_size),
-        'weights': model.state_dict(),
+        'weights': copy.deepcopy(model.state_dict()),
     }
 
 
@@ -606,7 +610,7 @@ def load_model(path='mtl_model.pt', device='cpu'):
         if wrong or arguments != content['arguments']:
             raise ValueError(wrong or 'other arguments')
         model.load_state_dict(content['weights'], assign=True)
-        if not is_finite(model):
+        if not is_finite(content['weights']):
             raise ValueError('some of its weights are not finite')
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise InputError(f'{path}: does not fit the networks of models.py ({reason(error)}); train it '
@@ -615,8 +619,8 @@ def load_model(path='mtl_model.pt', device='cpu'):
     return model.to(device).eval()
 
 
-def is_finite(module):
-    return all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
+def is_finite(state_dict):
+    return all(bool(tensor.isfinite().all()) for tensor in state_dict.values())
 
 
 # ---- a run
@@ -628,7 +632,7 @@ class Run:
     PARTS = ('model', 'weighting', 'optimizer', 'schedule', 'average')
 
     def __init__(self, network, weighting, dataset, total_steps, args):
-        self.device = choose_device(args.device)
+        self.network, self.dataset, self.device = network, dataset, choose_device(args.device)
         self.bfloat16 = has_fast_bfloat16(self.device)
         model = network(**network_arguments(network, dataset.class_names))
         self.model = model.to(self.device, memory_format=torch.channels_last)
@@ -650,7 +654,7 @@ class Run:
         # The moving average of the weights over about a twentieth of the run is what is evaluated.
         decay = max(0, min(0.999, 1 - 20 / total_steps))
         self.average = AveragedModel(self.model, multi_avg_fn=moving_average(decay), use_buffers=True)
-        self.history, self.best = [], None  # a dict for each epoch; the best of them
+        self.history, self.best, self.best_model = [], None, None  # a dict for each epoch; the best of them
         # Of the epoch under way: the steps that are done, their losses and the seconds of earlier processes.
         self.steps, self.means, self.seconds = 0, Means(), 0.0
         self.start_clock()
@@ -663,15 +667,17 @@ class Run:
         return time.perf_counter() - self.started
 
     def add(self, row):
-        """End the epoch with its row of figures; returns whether it is the best so far."""
+        """End the epoch with its row of figures."""
         self.history.append(row)
         self.steps, self.means, self.seconds = 0, Means(), 0.0
         self.start_clock()
         # Where no validation photograph has a mask, the last epoch is the best.
         is_best = self.best is None or not row.get('val_dice', math.nan) <= self.best.get('val_dice', math.nan)
         if is_best:
-            self.best = row
-        return is_best
+            self.best, self.best_model = row, self.averaged_model()
+
+    def averaged_model(self):
+        return model_content(self.network, self.average.module, self.dataset)
 
     def position(self):
         """(epoch from 1, steps of it that are done)."""
@@ -681,7 +687,7 @@ class Run:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         sums, counts = self.means.totals()
         return {'format': TRAINING_FORMAT, 'config': config, 'history': self.history, 'best': self.best,
-                'steps': self.steps, 'sums': sums, 'counts': counts, 'seconds': self.clock(), **parts}
+                'best_model': self.best_model, 'steps': self.steps, 'sums': sums, 'counts': counts, 'seconds': self.clock(), **parts}
 
     def restore(self, content, path, config, epoch_steps):
         """Go on from the `content` of the checkpoint `path`; raises InputError if it is another run's."""
@@ -695,16 +701,17 @@ class Run:
             self.require_state(content, config, epoch_steps)
             for name in self.PARTS:
                 getattr(self, name).load_state_dict(content[name])
-            if not all(map(is_finite, (self.model, self.weighting, self.average))):
+            weights = [content[name] for name in ('model', 'weighting', 'average')]
+            if content['history']:
+                weights.append(content['best_model']['weights'])
+            if not all(map(is_finite, weights)):
                 raise ValueError('some of its weights are not finite')
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise InputError(f'{path}: does not fit this training ({reason(error)}); start anew with '
                              'another --out') from None
-        self.history, self.best = content['history'], content['best']
+        self.history, self.best, self.best_model = content['history'], content['best'], content['best_model']
         self.steps, self.seconds = content['steps'], content['seconds']
         self.start_clock()
-        if self.history:
-            load_model(path.parent / 'best.pt')  # will be needed at the end
         if is_first_process():  # it has the sums over all processes
             self.means = Means(content['sums'], content['counts'])
 
@@ -712,7 +719,8 @@ class Run:
         """Raises ValueError if `content` is not what `state` returns in a run of `epoch_steps` steps an epoch."""
         history, steps, done = content['history'], content['steps'], content['schedule']['last_epoch']
         parameters = [p.detach() for group in self.optimizer.param_groups for p in group['params']]
-        mine = self.state(config) | {'history': history, 'best': content['best']}
+        mine = self.state(config) | {'history': history, 'best': content['best'],
+                                     'best_model': self.averaged_model() if history else None}
         mine['optimizer']['state'] = {  # those that have had a gradient have moments
             number: {'step': torch.tensor(0.0), 'exp_avg': parameters[number], 'exp_avg_sq': parameters[number]}
             for number in content['optimizer']['state'] if number in range(len(parameters))
@@ -720,8 +728,9 @@ class Run:
         wrong = difference(mine, content)
         if wrong:
             raise ValueError(wrong)
-        if any(value != content['schedule'][key] for key, value in mine['schedule'].items() if key not in MOVING):
-            raise ValueError('its schedule is another')
+        for name, moving in ('schedule', MOVING), ('best_model', ('weights',)):
+            if any(value != content[name][key] for key, value in (mine[name] or {}).items() if key not in moving):
+                raise ValueError(f'its {name} is another')
         if not isinstance(history, list) or content['best'] not in (history or [None]):
             raise ValueError('its best epoch is none of its history')
         if not all(isinstance(figure, (int, float)) for row in history for figure in row.values()):
@@ -750,6 +759,8 @@ class Saving:
         state = self.run.state(self.config)
         if is_first_process():
             save_state(state, self.folder)
+            if self.run.steps == 0:
+                write_epoch(self.run, self.folder)
         self.position, self.time = self.run.position(), time.monotonic()
 
     def interrupted(self, stop):
@@ -767,7 +778,7 @@ class Saving:
 
 def require_finite(run):
     """Raises InputError if the weights are not numbers any more, before they replace any that are."""
-    if not is_finite(run.model) or not is_finite(run.average):
+    if not is_finite(run.model.state_dict()) or not is_finite(run.average.state_dict()):
         epoch, steps = run.position()
         raise InputError(f'epoch {epoch}, step {steps}: the loss was finite and the weights are not any more; '
                          'what was saved before is kept; try a lower --lr, with --resume or another --out')
@@ -785,6 +796,13 @@ def save_state(state, folder):
                 shutil.copyfile(last, part)
     write_file(last, lambda file: torch.save(state, file))
     (folder / 'metrics.json').unlink(missing_ok=True)  # of a finished run, which this one is not
+
+
+def write_epoch(run, folder):
+    """Write what is made from last.pt, and after it; who goes on from one that is newer writes these again."""
+    write_file(folder / 'best.pt', lambda file: torch.save(run.best_model, file))
+    write_log(run.history, folder / 'log.csv')
+    draw_curves(run.history, folder / 'curves.png')
 
 
 def find_state(folder, resume):
@@ -862,6 +880,8 @@ def train_in_group(network, weighting, args, out, interruption, after_epoch):
     if path is not None:
         run.restore(load_checkpoint(path, TRAINING_FORMAT, run.device), path, config, steps)
         say(f'going on from {path}, epoch {len(run.history) + 1}, step {run.steps} of {steps}')
+        if run.history:
+            first_process_does(lambda: write_epoch(run, out))
     say(', '.join(f'{name} {value}' for name, value in config.items()))
     saving = Saving(run, config, out, args.checkpoint_minutes, interruption)
     # Several processes look for signals where all of them come by: in training.
@@ -891,14 +911,8 @@ def train_in_group(network, weighting, args, out, interruption, after_epoch):
                 'images_per_second': len(positions) / seconds,
                 'total_seconds': run.clock(),
             }
-            if run.add(row) and is_first_process():
-                (out / 'metrics.json').unlink(missing_ok=True)  # of a finished run, which this one is not
-                best = model_content(network, run.average.module, train_set)
-                write_file(out / 'best.pt', lambda file: torch.save(best, file))
-            if is_first_process():
-                write_log(run.history, out / 'log.csv')
-                draw_curves(run.history, out / 'curves.png')
-            saving.write()  # at last: who goes on from the checkpoint before it writes all of these again
+            run.add(row)
+            saving.write()
             say(epoch_line(row, args.epochs))
             if after_epoch:
                 after_epoch(row, run.average.module)
@@ -1001,6 +1015,7 @@ def draw_curves(history, path):
         if not all(map(math.isnan, values)):
             right.plot(epochs, values, label=metric.printed)
     right.set_ylim(0, 1)
-    left.legend()
-    right.legend()
+    for axes in left, right:
+        if axes.lines:
+            axes.legend()
     write_file(path, lambda file: figure.savefig(file, format='png', dpi=120))

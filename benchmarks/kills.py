@@ -168,7 +168,7 @@ class Train:
         if progress < self.progress:
             raise Lost(f'{progress} epochs and steps are fewer than the {self.progress} of before')
         self.progress = progress
-        if progress[0]:
+        if (self.work / 'best.pt').exists():
             engine.load_checkpoint(self.work / 'best.pt', engine.MODEL_FORMAT)
 
     def check_end(self):

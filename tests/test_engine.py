@@ -273,7 +273,7 @@ def test_photographs_with_a_mask_come_more_often_where_masks_are_rare(shared_dat
     (b'no model at all', 'not a sound checkpoint (File is not a zip file)'),
     ({'layer.weight': torch.zeros(3)}, 'another kind of PyTorch file'),
     (torch.zeros(3), 'another kind of PyTorch file'),
-    ({'format': engine.TRAINING_FORMAT}, "the format 'segmentation-mtl training 2'; expected"),
+    ({'format': engine.TRAINING_FORMAT}, f"the format '{engine.TRAINING_FORMAT}'; expected"),
     ({'format': engine.MODEL_FORMAT}, 'does not fit the networks'),
     ({'format': engine.MODEL_FORMAT, 'network': 'UNet', 'arguments': {}, 'weights': {}},
      'does not fit the networks'),

@@ -169,22 +169,55 @@ def test_a_damaged_last_checkpoint_is_kept_and_never_follows_the_one_before_it(s
 
 
 @pytest.mark.parametrize('entry, value', [
-    ('history', [{}]), ('history', []), ('history', {}), ('best', {}), ('best', 'text'), ('schedule', {'total_steps': 1}), ('best', None), ('steps', 99), ('steps', -1), ('steps', 1.0), ('schedule', {}),
+    ('history', [{}]), ('history', []), ('history', {}), ('best', {}), ('best', 'text'), ('best', None),
+    ('schedule', {'total_steps': 1}), ('schedule', {}), ('steps', 99), ('steps', -1), ('steps', 1.0),
     ('sums', {'mask': 'a'}), ('seconds', None), ('model', None), ('config', 7), ('optimizer', {'state': {}}),
+    ('best_model', None), ('best_model', {}), ('best_model', {'class_names': ['a', 'b', 'c']}),
+    ('best_model', {'weights': {}}),
 ])
 def test_a_checkpoint_with_an_impossible_entry_is_refused(shared_data, whole, tmp_path, entry, value):
     content = torch.load(whole / 'last.pt', weights_only=True)
-    if entry == 'schedule' and value:
-        value = content['schedule'] | value
+    if value and entry in ('schedule', 'best_model'):
+        value = content[entry] | value
     torch.save(content | {entry: value}, tmp_path / 'last.pt')
     with pytest.raises(InputError, match='last.pt: does not fit this training'):
         train(shared_data, tmp_path, '--resume')
+    assert [path.name for path in tmp_path.iterdir()] == ['last.pt']
 
 
-def test_a_checkpoint_whose_best_model_is_missing_is_refused(shared_data, whole, tmp_path):
-    (tmp_path / 'last.pt').write_bytes((whole / 'last.pt').read_bytes())
-    with pytest.raises(InputError, match='best.pt: no such file'):
+@pytest.mark.parametrize('part', ['model', 'best_model'])
+def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(shared_data, whole, tmp_path, part):
+    content = torch.load(whole / 'last.pt', weights_only=True)
+    state = content['best_model']['weights'] if part == 'best_model' else content[part]
+    next(iter(state.values()))[0] = torch.nan
+    torch.save(content, tmp_path / 'last.pt')
+    with pytest.raises(InputError, match='last.pt: does not fit this training .some of its weights are not finite'):
         train(shared_data, tmp_path, '--resume')
+
+
+def test_what_is_made_from_a_checkpoint_is_made_again_where_it_is_missing(shared_data, whole, tmp_path):
+    (tmp_path / 'last.pt').write_bytes((whole / 'last.pt').read_bytes())
+    train(shared_data, tmp_path, '--resume')
+    assert same(contents(whole), contents(tmp_path))
+    for name in 'log.csv', 'curves.png':
+        assert (whole / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_killed_between_its_files_a_run_over_a_finished_one_mixes_nothing(shared_data, whole, tmp_path, monkeypatch):
+    """After the first last.pt, when best.pt, log.csv and curves.png are still those of the earlier run."""
+    train(shared_data, tmp_path, '--seed', '1')
+    earlier = (tmp_path / 'best.pt').read_bytes()
+
+    def killed(*_):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, 'write_epoch', killed)
+        with pytest.raises(SystemExit):
+            train(shared_data, tmp_path)
+    assert (tmp_path / 'best.pt').read_bytes() == earlier and not (tmp_path / 'metrics.json').exists()
+    train(shared_data, tmp_path, '--resume')
+    assert same(contents(whole), contents(tmp_path))
 
 
 def test_two_runs_in_one_folder_at_once_are_refused(shared_data, tmp_path):
@@ -210,6 +243,38 @@ def test_signals_to_all_processes_at_once_wait_for_the_step_too(shared_data, tmp
     assert process.returncode == 143 and 'Traceback' not in error
     assert error.splitlines()[-1].endswith('last.pt is written; go on with the same command and --resume')
     engine.load_checkpoint(out / 'last.pt', engine.TRAINING_FORMAT)
+
+
+TWO_PROCESSES = """
+import os, signal, sys, torch
+import data_rechunk, train_mtl
+step, steps = torch.optim.AdamW.step, []
+def stop(*args, **kw):
+    step(*args, **kw)
+    steps.append(1)
+    if len(steps) == 2 and os.environ['RANK'] == '1' and '--resume' not in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+if 'whole' not in sys.argv[0]:
+    torch.optim.AdamW.step = stop
+data_rechunk.run_script(train_mtl.main)
+"""
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_step_and_both_go_on(shared_data, tmp_path):
+    def run(name, *more):
+        script = tmp_path / f'{name}.py'
+        script.write_text(TWO_PROCESSES)
+        return subprocess.run(
+            [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(script),
+             *arguments_of(shared_data, tmp_path / name), '--model', str(tmp_path / 'model.pt'), '--epochs', '1', *more],
+            capture_output=True, text=True, timeout=300)
+
+    whole, stopped = run('whole'), run('parts')
+    assert whole.returncode == 0, whole.stderr
+    assert stopped.returncode and 'in epoch 1, after 2 steps of it' in stopped.stderr, stopped.stderr
+    resumed = run('parts', '--resume')
+    assert resumed.returncode == 0, resumed.stderr
+    assert same(contents(tmp_path / 'whole'), contents(tmp_path / 'parts'))
 
 
 @pytest.mark.parametrize('limit, write, name', [
