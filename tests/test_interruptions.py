@@ -172,7 +172,7 @@ def test_a_damaged_last_checkpoint_is_kept_and_never_follows_the_one_before_it(s
     ('history', [{}]), ('history', []), ('history', {}), ('best', {}), ('best', 'text'), ('best', None),
     ('schedule', {'total_steps': 1}), ('schedule', {}), ('steps', 99), ('steps', -1), ('steps', 1.0),
     ('sums', {'mask': 'a'}), ('seconds', None), ('model', None), ('config', 7), ('optimizer', {'state': {}}),
-    ('best_model', None), ('best_model', {}), ('best_model', {'class_names': ['a', 'b', 'c']}),
+    ('best_model', None), ('best_model', {}), ('best_model', {'class_names': list('abcdefgh')}),
     ('best_model', {'weights': {}}),
 ])
 def test_a_checkpoint_with_an_impossible_entry_is_refused(shared_data, whole, tmp_path, entry, value):
