@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import synthetic_pets
 from data_rechunk import (LARGEST_SIDE, MASK_UNKNOWN, SPLITS, InputError, Interruption, alone_in, create_h5,
-                          has_checksums, has_own, networks_take, one_line, reading_h5, reason,
+                          has_checksums, has_own, in_own_process, networks_take, one_line, reading_h5, reason,
                           replacing, run_script, whole_number)
 
 BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
@@ -320,14 +320,18 @@ class SplitWriter:
             dataset.attrs['preparation'] = preparation
 
 
+def was_prepared(path):
+    """Whether this script wrote the HDF5 file."""
+    with reading_h5(path) as file:
+        return has_checksums(file) and has_own(file, path.stem) and 'preparation' in file[path.stem].attrs
+
+
 def refuse_to_replace_others(path):
     """Raise InputError if a file stands at `path` that this script did not write."""
     if not os.path.lexists(path):
         return
     try:
-        with reading_h5(path) as file:
-            # Another format is not ours and need not be read further: damage in it can crash HDF5.
-            ours = has_checksums(file) and has_own(file, path.stem) and 'preparation' in file[path.stem].attrs
+        [ours] = in_own_process(30, was_prepared, path)
     except InputError:  # damaged, or no HDF5 file at all
         ours = False
     if not ours:

@@ -11,7 +11,8 @@ A file is never changed in place: the new one is written beside it, read back, c
 renamed over it. A run killed at any moment leaves the old file whole, and the next run finishes.
 
 Memory: three slabs of 16 MiB at most and one chunk of the source, whatever the number of samples.
-Each file is read in a process of its own, because a damaged one can crash HDF5 or keep it busy for ever.
+On Linux each file is read in a process of its own, because a damaged one can crash HDF5 or keep it busy
+for ever.
 
 It also holds what the scripts share and that needs no torch: what the files look like, how they are
 opened and replaced, `InputError`, `run_script` and `whole_number`.
@@ -31,7 +32,8 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -165,6 +167,13 @@ def whole_number(minimum):
 def networks_take(*sides):
     """Whether the networks take images with these sides in pixels."""
     return all(64 <= side <= LARGEST_SIDE and side % 16 == 0 for side in sides)
+
+
+def are_names(values):
+    """Whether `values` is a list of names: each a text of 1 to 100 characters that can be printed."""
+    return isinstance(values, list) and bool(values) and all(
+        isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable() for value in values
+    )
 
 
 def reason(error):
@@ -588,59 +597,65 @@ def rechunk_file(path, force=False, checksums=False):
 # ---- a process for each file, which may crash
 
 
-def in_own_process(function, path, *arguments):
-    """`function(path, *arguments)`, called in a process of its own with bounded time and memory.
+def in_own_process(seconds, function, *paths):
+    """[function(path) for path in paths], on Linux in a process of its own with bounded time and memory.
 
     A file that was damaged or made to do harm can crash HDF5, keep it in a loop or let it ask for all
-    memory. Raises InputError where that happens, and the function's InputError or OSError.
+    memory. Raises InputError where that happens, also after `seconds` of computing (not of waiting), and
+    the function's InputError or OSError.
     """
-    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
+    if sys.platform != 'linux':  # there a process has to import everything anew, which takes seconds
+        return list(map(function, paths))
+    context = multiprocessing.get_context('fork')
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(sender, os.getpid(), function, path, *arguments))
+    process = context.Process(target=answer, args=(sender, os.getpid(), seconds, function, paths))
     with signals_blocked():
         process.start()
     sender.close()
+    results = []
     try:
-        result = receiver.recv()
+        while len(results) < len(paths):
+            results.append(receiver.recv())
+            if isinstance(results[-1], Exception):
+                raise results[-1]
     except EOFError:
         process.join()
-        target = Path(os.path.realpath(path))
+        target = Path(os.path.realpath(paths[len(results)]))
         target.with_name(f'{target.name}.{process.pid}.part').unlink(missing_ok=True)
-        slow = hasattr(signal, 'SIGPROF') and process.exitcode == -signal.SIGPROF
-        how = 'took too long' if slow else f'ended with {process.exitcode}'
-        raise InputError(f'{path}: reading it {how}, as damage can cause; it is left as it was; make it '
-                         'again') from None
+        how = 'took too long' if process.exitcode == -signal.SIGPROF else f'ended with {process.exitcode}'
+        raise InputError(f'{paths[len(results)]}: reading it {how}, as damage can cause; it is left as it was; '
+                         'make it again') from None
     except KeyboardInterrupt:
         process.terminate()
         raise
     finally:
         process.join()
-    if isinstance(result, Exception):
-        raise result
-    return result
+    return results
 
 
-def answer(sender, parent, function, path, *arguments):
-    """What the process does; its answer is the value or the error."""
+def answer(sender, parent, seconds, function, paths):
+    """What the process does; it answers with a value for each path, or an error at last."""
     try:
-        if resource is not None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-            size = os.stat(path).st_size if os.path.isfile(path) else 0
-            # Seconds of computing, not of waiting: nothing takes a second for a megabyte.
-            signal.setitimer(signal.ITIMER_PROF, 60 + size / 1e6)
-        if sys.platform == 'linux':
-            in_use = 1024 * int(re.search(r'VmData:\s+(\d+)', Path('/proc/self/status').read_text())[1])
-            most, (_, hard) = in_use + (1 << 30) + 3 * size, resource.getrlimit(resource.RLIMIT_DATA)
-            resource.setrlimit(resource.RLIMIT_DATA, (most if hard < 0 else min(most, hard), hard))
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the parent
-            if os.getppid() != parent:
-                os._exit(1)
-        result = function(path, *arguments)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        in_use = 1024 * int(re.search(r'VmData:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+        most = in_use + (1 << 30) + 3 * sum(map(size_of, paths))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (most if hard < 0 else min(most, hard), hard))
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the parent
+        if os.getppid() != parent:
+            os._exit(1)
+        for path in paths:
+            sender.send(function(path))
     except (InputError, OSError) as error:
-        result = error
+        sender.send(error)
     except KeyboardInterrupt:  # the parent says so
         return
-    sender.send(result)
+
+
+def size_of(path):
+    """Bytes of the file, 0 if there is none."""
+    return os.stat(path).st_size if os.path.isfile(path) else 0
 
 
 def rechunk(root, force=False, checksums=False):
@@ -654,8 +669,10 @@ def rechunk(root, force=False, checksums=False):
             path = folder / f'{stem}.h5'
             if stem in OPTIONAL and not path.exists():
                 continue
-            before, start = path.stat().st_size if path.exists() else 0, time.perf_counter()
-            count = in_own_process(rechunk_file, path, force, checksums)
+            before, start = size_of(path), time.perf_counter()
+            # Nothing takes a second for a megabyte.
+            rechunk_one = partial(rechunk_file, force=force, checksums=checksums)
+            [count] = in_own_process(60 + before / 1e6, rechunk_one, path)
             if count is None:
                 print(f'{path}: already rechunked, nothing to do')
                 continue

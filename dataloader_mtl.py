@@ -10,6 +10,7 @@ mask and -1 as its label; every loss and metric of `utils.py` leaves it out.
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -18,8 +19,8 @@ from torch.utils.data import Dataset, default_collate
 from torchvision import ops, tv_tensors
 from torchvision.transforms import v2
 
-from data_rechunk import (H5_ERRORS, MASK_UNKNOWN, OPTIONAL, SHAPES, InputError, find_dataset, has_own,
-                          is_rechunked, open_h5, reading_h5, reason)
+from data_rechunk import (H5_ERRORS, MASK_UNKNOWN, OPTIONAL, SHAPES, InputError, are_names, find_dataset, has_own,
+                          in_own_process, is_rechunked, open_h5, reading_h5, reason)
 
 # Of the training images, per RGB channel, for values in [0, 1].
 MEAN = (0.4773, 0.4458, 0.3949)
@@ -92,6 +93,49 @@ def identity(dataset):
     return dataset.shape, dataset.dtype, str(preparation)
 
 
+class Inspected(NamedTuple):
+    """What a file of a split holds, but for the samples of images and masks."""
+    length: int
+    size: tuple | None  # (height, width) of images and masks
+    preparation: str | None
+    identity: tuple
+    table: np.ndarray | None  # of boxes and labels
+    class_names: list | None  # of breeds
+
+
+def inspected(path):
+    """The Inspected of a file; raises InputError unless it is as data_rechunk.py stores its kind."""
+    stem = path.stem
+    rechunk = f'run python data_rechunk.py --data {path.parent.parent}'
+    with reading_h5(path) as file:
+        if not has_own(file, f'chunked_{stem}'):
+            raise InputError(f"{path}: no 'chunked_{stem}'; {rechunk}")
+        dataset = find_dataset(file, f'chunked_{stem}')
+        if not is_rechunked(file, stem):
+            raise InputError(f'{path}: not as data_rechunk.py stores it; {rechunk}')
+        kind, names = dataset.dtype, dataset.attrs.get('class_names')
+        if stem == 'images' and kind.kind == 'f' and dataset[0].max() <= 1:
+            raise InputError(f'{path}: the first image has no value above 1; images are expected as 0 to 255')
+        if stem == 'images' and kind.kind != 'f' and kind != np.uint8:
+            raise InputError(f"{path}: 'chunked_images' is {kind}, so some value is not from 0 to 255; write "
+                             'such values and rechunk again')
+        if stem == 'masks' and kind != np.uint8:
+            raise InputError(f"{path}: 'chunked_masks' is {kind}, so some value is not 0, 1 or 255; write whole "
+                             'numbers and rechunk again')
+        if stem == 'breeds':
+            names = names.tolist() if isinstance(names, np.ndarray) else None
+            if not are_names(names):
+                raise InputError(f"{path}: no attribute 'class_names' with the breeds' names, each of 1 to 100 "
+                                 'characters that can be printed; prepare the data again, or train with the '
+                                 'species by removing the file')
+        preparation = dataset.attrs.get('preparation')
+        return Inspected(
+            len(dataset), tuple(map(int, dataset.shape[1:3])) if dataset.ndim == 4 else None,
+            preparation and str(preparation), identity(dataset), dataset[()] if dataset.ndim == 2 else None,
+            names if stem == 'breeds' else None,
+        )
+
+
 class SampleReader:
     """Reads samples of one dataset of an HDF5 file that stores each as one chunk."""
 
@@ -150,18 +194,18 @@ class MTLDataset(Dataset):
         self.folder = Path(root) / type
         self.transform, self.jitter = transform, jitter
         self._files, self._pid = {}, None
-        self._check_files()
-        species = self._read_labels('binary', len(SPECIES))
+        found = self._check_files(needed=('breeds',) if label == 'breed' else ())
+        species = self._checked_labels('binary', found['binary'].table, len(SPECIES))
         if label not in ('auto', 'breed', 'species'):
             raise ValueError(f"label is '{label}'; expected 'auto', 'breed' or 'species'")
         if label == 'auto':
-            label = 'breed' if self._path('breeds').exists() else 'species'
+            label = 'breed' if 'breeds' in found else 'species'
         if label == 'breed':
-            self.class_names = self._breed_names()
-            self.labels = self._read_labels('breeds', len(self.class_names))
+            self.class_names = found['breeds'].class_names
+            self.labels = self._checked_labels('breeds', found['breeds'].table, len(self.class_names))
         else:
             self.class_names, self.labels = list(SPECIES), species
-        self.bboxes = self._read_boxes()
+        self.bboxes = self._checked_boxes(found['bboxes'].table)
         self.labelled = {
             'class': self.labels >= 0,
             'mask': self._masks_known(),
@@ -277,68 +321,38 @@ class MTLDataset(Dataset):
 
     # ---- the check at the door
 
-    def _check_files(self):
-        """All files open, of the right shapes and lengths, and made by one preparation."""
-        lengths, sizes, preparations, self._identities = {}, {}, {}, {}
-        for stem in SHAPES:
-            path = self._path(stem)
-            if stem in OPTIONAL and not path.exists():
-                continue
-            with reading_h5(path) as file:
-                if not has_own(file, f'chunked_{stem}'):
-                    raise InputError(f"{path}: no 'chunked_{stem}'; run python data_rechunk.py "
-                                     f'--data {self.folder.parent}')
-                dataset = find_dataset(file, f'chunked_{stem}')
-                if not is_rechunked(file, stem):
-                    raise InputError(f'{path}: not as data_rechunk.py stores it; run python data_rechunk.py '
-                                     f'--data {self.folder.parent}')
-                lengths[stem] = len(dataset)
-                self._identities[stem] = identity(dataset)
-                preparations[stem] = dataset.attrs.get('preparation') and str(dataset.attrs['preparation'])
-                if dataset.ndim == 4:
-                    sizes[stem] = dataset.shape[1:3]
-                if stem == 'images' and dataset.dtype.kind == 'f' and dataset[0].max() <= 1:
-                    raise InputError(f'{path}: the first image has no value above 1; '
-                                     'images are expected as 0 to 255')
-                if stem == 'images' and dataset.dtype.kind != 'f' and dataset.dtype != np.uint8:
-                    raise InputError(f"{path}: 'chunked_images' is {dataset.dtype}, so some value is not "
-                                     'from 0 to 255; write such values and rechunk again')
-                if stem == 'masks' and dataset.dtype != np.uint8:
-                    raise InputError(f"{path}: 'chunked_masks' is {dataset.dtype}, so some value is "
-                                     'not 0, 1 or 255; write whole numbers and rechunk again')
-        for what, found in ('lengths', lengths), ('sizes', sizes), ('preparations', preparations):
-            if len(set(found.values())) > 1:
-                listed = ', '.join(f'{stem} {value}' for stem, value in found.items())
+    def _check_files(self, needed):
+        """{stem: Inspected}; raises InputError unless the files are sound and belong together.
+
+        Those in `needed` have to be there though they are OPTIONAL.
+        """
+        stems = [stem for stem in SHAPES if stem not in OPTIONAL or stem in needed or self._path(stem).exists()]
+        # In 30 seconds HDF5 reads the structure of millions of samples.
+        found = dict(zip(stems, in_own_process(30, inspected, *map(self._path, stems))))
+        for what in 'lengths', 'sizes', 'preparations':
+            values = {stem: getattr(each, what[:-1]) for stem, each in found.items()}
+            if what == 'sizes':
+                values = {stem: values[stem] for stem in ('images', 'masks')}
+            if len(set(values.values())) > 1:
+                listed = ', '.join(f'{stem} {value}' for stem, value in values.items())
                 raise InputError(f'{self.folder}: the files do not belong together, their {what} '
                                  f'differ: {listed}; prepare them again')
-        self.image_size = tuple(int(side) for side in sizes['images'])
-        self.preparation = preparations['images']
+        self._identities = {stem: each.identity for stem, each in found.items()}
+        self.image_size, self.preparation = found['images'].size, found['images'].preparation
+        return found
 
-    def _read_table(self, stem):
-        with reading_h5(self._path(stem)) as file:
-            return file[f'chunked_{stem}'][()]
-
-    def _read_labels(self, stem, n_classes):
+    def _checked_labels(self, stem, table, n_classes):
         """(N,) int64 labels, -1 where unknown."""
-        values = self._read_table(stem)[:, 0]
+        values = table[:, 0]
         wrong = np.flatnonzero(~((values >= -1) & (values < n_classes) & (values == np.rint(values))))
         if len(wrong):
             raise InputError(f'{self._path(stem)}: sample {wrong[0]} has label {float(values[wrong[0]]):g}; '
                              f'expected a whole number from 0 to {n_classes - 1}, or -1 for unknown')
         return values.astype(np.int64)
 
-    def _breed_names(self):
-        path = self._path('breeds')
-        with reading_h5(path) as file:
-            names = file['chunked_breeds'].attrs.get('class_names')
-        if not isinstance(names, np.ndarray) or names.ndim != 1 or not len(names):
-            raise InputError(f"{path}: no attribute 'class_names' with the breeds' names; prepare the "
-                             'data again, or train with the species by removing the file')
-        return [str(name) for name in names]
-
-    def _read_boxes(self):
+    def _checked_boxes(self, table):
         """(N, 4) float32 in pixels, NaN where unknown."""
-        boxes = self._read_table('bboxes').astype(np.float32)
+        boxes = table.astype(np.float32)
         height, width = self.image_size
         known = ~np.isnan(boxes).any(axis=1)
         # A pixel of slack: a box may be given by its first and last pixel, or rounded.

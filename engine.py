@@ -46,8 +46,9 @@ from tqdm import tqdm
 
 import models
 import utils
-from data_rechunk import (LARGEST_SIDE, STOPPING, InputError, Interrupted, Interruption, alone_in, leave_locks,
-                          naming, networks_take, reason, replacing, signals_blocked, whole_number, write_file)
+from data_rechunk import (LARGEST_SIDE, STOPPING, InputError, Interrupted, Interruption, alone_in, are_names,
+                          leave_locks, naming, networks_take, reason, replacing, signals_blocked, whole_number,
+                          write_file)
 from dataloader_mtl import MTLDataset, collate, training_transform
 
 MODEL_FORMAT = 'segmentation-mtl model 1'
@@ -213,16 +214,16 @@ def gathered(value):
 
 
 def first_process_does(action):
-    """`action()` in the first process alone; its value, or its InputError, in all of them."""
+    """`action()` in the first process alone; its value, or what it raised as an InputError, in all of them."""
     value = error = None
     if is_first_process():
         try:
             value = action()
-        except InputError as raised:
-            error = str(raised)
-    value, error = gathered((value, error))[0]
-    if error:
-        raise InputError(error)
+        except (InputError, OSError) as raised:
+            error = raised
+    value, message = gathered((value, error and str(error)))[0]
+    if message:
+        raise error or InputError(message)
     return value
 
 
@@ -549,6 +550,14 @@ def check_archive(path):
         raise ValueError(f"its part '{damaged}' is damaged")
 
 
+def is_flat(values, nested=True):
+    """Whether `values` is a dict of text, numbers, None and, once, such dicts: what has an end when it is shown."""
+    return isinstance(values, dict) and all(
+        isinstance(value, (str, int, float, type(None))) or nested and is_flat(value, nested=False)
+        for value in values.values()
+    )
+
+
 def difference(mine, other, where=''):
     """The first place where two nested values are of different kinds, '' if there is none.
 
@@ -598,8 +607,10 @@ def load_model(path='mtl_model.pt', device='cpu'):
     content = load_checkpoint(path, MODEL_FORMAT)
     try:
         network, names, size = (content[key] for key in ('network', 'class_names', 'image_size'))
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError('its class names are no list of names')
+        if not isinstance(network, str):
+            raise ValueError('its network is no name')
+        if not are_names(names):
+            raise ValueError('its class names are no list of names that can be printed')
         if not isinstance(size, list) or [type(side) for side in size] != [int, int] or not networks_take(*size):
             raise ValueError('its image size is not one that the networks take')
         arguments = network_arguments(NETWORKS[network], names)
@@ -693,6 +704,8 @@ class Run:
         """Go on from the `content` of the checkpoint `path`; raises InputError if it is another run's."""
         try:
             old = content['config']
+            if not is_flat(old):
+                raise ValueError('its configuration is not plain')
             changed = [f'{key} was {old.get(key)} and is {value}' for key, value in config.items()
                        if old.get(key) != value]
             if changed:
@@ -716,27 +729,38 @@ class Run:
             self.means = Means(content['sums'], content['counts'])
 
     def require_state(self, content, config, epoch_steps):
-        """Raises ValueError if `content` is not what `state` returns in a run of `epoch_steps` steps an epoch."""
+        """Raises ValueError if `content` is not what `state` can return in a run of `epoch_steps` steps an epoch."""
         history, steps, done = content['history'], content['steps'], content['schedule']['last_epoch']
+        if not isinstance(history, list) or not all(map(is_row, history)):
+            raise ValueError('its history is no list of rows of log.csv')
+        if content['best'] not in (history or [None]):
+            raise ValueError('its best epoch is none of its history')
+        if not 0 <= content['seconds'] < math.inf:
+            raise ValueError(f'it took {content["seconds"]} seconds')
         parameters = [p.detach() for group in self.optimizer.param_groups for p in group['params']]
+        moments = content['optimizer']['state']
         mine = self.state(config) | {'history': history, 'best': content['best'],
                                      'best_model': self.averaged_model() if history else None}
         mine['optimizer']['state'] = {  # those that have had a gradient have moments
             number: {'step': torch.tensor(0.0), 'exp_avg': parameters[number], 'exp_avg_sq': parameters[number]}
-            for number in content['optimizer']['state'] if number in range(len(parameters))
+            for number in moments if number in range(len(parameters))
         }
         wrong = difference(mine, content)
         if wrong:
             raise ValueError(wrong)
-        for name, moving in ('schedule', MOVING), ('best_model', ('weights',)):
-            if any(value != content[name][key] for key, value in (mine[name] or {}).items() if key not in moving):
+        # The fused optimiser takes a moment for a block of memory that is laid out as its parameter.
+        if any(moment.stride() != parameters[number].stride() for number, each in moments.items()
+               for name, moment in each.items() if name != 'step'):
+            raise ValueError('the layout of its optimizer is another')
+        pairs = [('schedule', MOVING, mine['schedule'], content['schedule'])]
+        pairs += [('optimizer', ('lr', 'betas'), one, other)
+                  for one, other in zip(mine['optimizer']['param_groups'], content['optimizer']['param_groups'])]
+        if history:
+            pairs.append(('best_model', ('weights',), mine['best_model'], content['best_model']))
+        for name, moving, one, other in pairs:
+            if any(one[key] != other[key] for key in one if key not in moving):
                 raise ValueError(f'its {name} is another')
-        if not isinstance(history, list) or content['best'] not in (history or [None]):
-            raise ValueError('its best epoch is none of its history')
-        if not all(isinstance(figure, (int, float)) for row in history for figure in row.values()):
-            raise ValueError('its history holds more than numbers')
-        epochs = [row['epoch'] for row in history if row['total_seconds'] >= 0]
-        if (epochs != list(range(1, len(history) + 1)) or not 0 <= steps <= epoch_steps
+        if ([row['epoch'] for row in history] != list(range(1, len(history) + 1)) or not 0 <= steps <= epoch_steps
                 or done != len(history) * epoch_steps + steps):
             raise ValueError(f'{done} steps are not {len(history)} epochs and {steps} steps')
 
@@ -757,10 +781,9 @@ class Saving:
     def write(self):
         require_finite(self.run)
         state = self.run.state(self.config)
-        if is_first_process():
-            save_state(state, self.folder)
-            if self.run.steps == 0:
-                write_epoch(self.run, self.folder)
+        first_process_does(lambda: save_state(state, self.folder))
+        if self.run.steps == 0:
+            first_process_does(lambda: write_epoch(self.run, self.folder))
         self.position, self.time = self.run.position(), time.monotonic()
 
     def interrupted(self, stop):
@@ -794,8 +817,11 @@ def save_state(state, folder):
                 os.link(os.path.realpath(last), part)
             except OSError:  # a file system without hard links
                 shutil.copyfile(last, part)
-    write_file(last, lambda file: torch.save(state, file))
-    (folder / 'metrics.json').unlink(missing_ok=True)  # of a finished run, which this one is not
+    content = io.BytesIO()
+    torch.save(state, content)
+    with replacing(last) as part, naming(part):
+        part.write_bytes(content.getbuffer())
+        (folder / 'metrics.json').unlink(missing_ok=True)  # of a finished run, which this one is not
 
 
 def write_epoch(run, folder):
@@ -982,6 +1008,17 @@ def epoch_line(row, epochs):
                       for name, value in row.items() if name.startswith('train_loss_'))
     return (f'epoch {row["epoch"]}/{epochs}: training loss {losses}; validation {shown}; '
             f'{row["images_per_second"]:.1f} images/s, {row["total_seconds"]:.0f} s')
+
+
+FIGURES = ('epoch', 'lr', 'train_seconds', 'images_per_second', 'total_seconds', *(f'val_{name}' for name in METRICS),
+           *(f'{split}_loss_{task}' for split in ('train', 'val') for task in TASKS))
+
+
+def is_row(row):
+    """Whether `row` can be a row of log.csv: named figures that can be drawn and added up."""
+    return isinstance(row, dict) and {'epoch', 'total_seconds'} <= row.keys() and all(
+        name in FIGURES and type(value) in (int, float) and not abs(value) > 1e100 for name, value in row.items()
+    )
 
 
 def write_log(history, path):

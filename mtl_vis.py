@@ -15,6 +15,7 @@ pixels and the share of the picture that the pet covers. From Python:
 
 import argparse
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,7 +121,9 @@ def save_picture(rows, path):
             axes.imshow(panel.permute(1, 2, 0).numpy(), interpolation='nearest')
             axes.set_title(title, fontsize=10, parse_math=False)  # a name may have a $
             axes.axis('off')
-    write_file(path, lambda file: figure.savefig(file, format='png', dpi=dpi))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')  # the font has no sign for each of a name's characters
+        write_file(path, lambda file: figure.savefig(file, format='png', dpi=dpi))
 
 
 # ---- the two uses

@@ -11,7 +11,7 @@ finished weightings are only tested again and an unfinished one goes on.
 from pathlib import Path
 
 import engine
-from data_rechunk import run_script
+from data_rechunk import InputError, run_script
 from models import MTLNet
 from utils import UncertaintyLoss, WeightedLoss
 
@@ -44,9 +44,11 @@ def main(argv=None):
     root, rows = Path(args.out), {}
     args.resume = args.resume and 'auto'  # some are finished, one is under way, others have not begun
     names = (args.only,) if args.only else NAMES
+    held = [root / name for name in names if (root / name / 'last.pt').exists()]
+    if held and not args.resume and not args.only:  # it would meet them again, to go on from, with --resume
+        raise InputError(f'{held[0]}: holds a run; --resume tests finished ones again and goes on with the rest; '
+                         'to start anew, remove it or give another --out')
     with engine.process_group(args.device):
-        if not args.resume:  # an unfinished run is refused before hours go into those that come before it
-            engine.first_process_does(lambda: [engine.find_state(root / name, None) for name in names])
         for name in names:
             engine.say(f'---- {name}')
             args.out = root / name

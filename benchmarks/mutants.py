@@ -19,6 +19,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import struct
@@ -283,7 +284,19 @@ def hdf5_attributes(rng, path):
                                                   ['$a$b$', '\x1b[2J'], [[1], [2]]])
 
 
-HDF5 = [hdf5_type, hdf5_shape, hdf5_value, hdf5_value, hdf5_box, hdf5_link, hdf5_link, hdf5_bomb, hdf5_filter,
+def hdf5_heap(rng, path):
+    """A few bytes of the texts that belong to attributes, the one part of the format without a checksum."""
+    content = bytearray(path.read_bytes())
+    places = [match.start() for match in re.finditer(b'GCOL', content)]
+    if not places:
+        raise ValueError('no texts')
+    place = rng.choice(places) + 4
+    for _ in range(rng.choice([1, 1, 3])):
+        content[min(place + rng.randrange(140), len(content) - 1)] = rng.choice([0, 1, 15, 255, rng.randrange(256)])
+    path.write_bytes(content)
+
+
+HDF5 = [hdf5_heap, hdf5_type, hdf5_shape, hdf5_value, hdf5_value, hdf5_box, hdf5_link, hdf5_link, hdf5_bomb, hdf5_filter,
         hdf5_attributes]
 
 

@@ -289,15 +289,15 @@ def greedy(path):
 def test_what_crashes_hangs_or_eats_memory_does_so_in_a_process_of_its_own(tmp_path, function, arguments, message):
     path = write(tmp_path / 'images.h5', images())
     with pytest.raises(data_rechunk.InputError, match=message):
-        data_rechunk.in_own_process(function, path, *arguments)
+        data_rechunk.in_own_process(60, lambda path: function(path, *arguments), path)
     assert os.listdir(tmp_path) == ['images.h5']
-    assert data_rechunk.in_own_process(rechunk_file, path) == 20
+    assert data_rechunk.in_own_process(60, rechunk_file, path) == [20]
 
 
 def test_what_the_parent_has_in_memory_is_not_taken_from_the_process_of_a_file(tmp_path):
     path = write(tmp_path / 'images.h5', images())
     mapped = np.empty(5 << 30, np.uint8)  # which costs nothing as long as nobody writes to it
-    assert data_rechunk.in_own_process(rechunk_file, path) == 20 and len(mapped)
+    assert data_rechunk.in_own_process(60, rechunk_file, path) == [20] and len(mapped)
 
 
 def test_the_process_of_a_file_ends_with_its_parent(tmp_path):
@@ -312,7 +312,7 @@ read, write = os.pipe()
 os.dup2(write, 4)
 os.close(write)
 if not os.fork():
-    data_rechunk.in_own_process(child, sys.argv[1])
+    data_rechunk.in_own_process(60, child, sys.argv[1])
 os.read(read, 1)
 pid = int(open(f'/proc/self/task/{os.getpid()}/children').read().split()[0])
 os.kill(pid, signal.SIGKILL)

@@ -1,7 +1,9 @@
 """MTLDataset: what a sample is, in every process, and what is refused at the door."""
 
 import multiprocessing
+import os
 import pickle
+import signal
 
 import h5py
 import numpy as np
@@ -12,6 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data_rechunk
+import dataloader_mtl
 from data_rechunk import InputError
 from dataloader_mtl import MEAN, STD, MTLDataset, collate, colour_jitter, normalise, training_transform
 
@@ -329,6 +332,26 @@ def test_augmentation_is_seeded(shared_data):
         torch.manual_seed(seed)
         samples.append(dataset[0][0])
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+
+
+def test_a_file_that_crashes_hdf5_is_named(shared_data, monkeypatch):
+    """It is opened in another process first."""
+    def identity(dataset):
+        if 'masks' in dataset.name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(dataloader_mtl, 'identity', identity)
+    with pytest.raises(InputError, match='train/masks.h5: reading it ended with -9, as damage can cause'):
+        MTLDataset('train', root=shared_data)
+
+
+@pytest.mark.parametrize('name', ['', 'a\x1b[2J', 'a' * 101, b'caf\xe9'])
+def test_breeds_whose_names_cannot_be_printed_are_refused(data, name):
+    with h5py.File(data / 'train' / 'breeds.h5', 'r+') as file:
+        count = len(file['breeds'].attrs['class_names'])
+        file['breeds'].attrs.create('class_names', [name] * count, dtype=h5py.string_dtype())
+    with pytest.raises(InputError, match="breeds.h5: no attribute 'class_names' with the breeds' names, each of 1 to"):
+        MTLDataset('train', root=data)
 
 
 def test_missing_chunks_say_to_rechunk(coursework):

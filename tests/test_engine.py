@@ -172,6 +172,18 @@ def test_the_weights_reach_the_loss(shared_data, tmp_path):
         assert moved == (not name.startswith('box_head')), name
 
 
+def test_what_the_first_process_cannot_do_ends_all_of_them(monkeypatch):
+    def fail():
+        raise FileExistsError(17, 'File exists', 'README.md')
+
+    with pytest.raises(FileExistsError):
+        engine.first_process_does(fail)
+    monkeypatch.setattr(engine, 'rank_and_size', lambda: (1, 2))
+    monkeypatch.setattr(engine, 'gathered', lambda value: [(None, 'README.md: File exists'), value])
+    with pytest.raises(InputError, match='README.md: File exists'):
+        engine.first_process_does(fail)
+
+
 @pytest.mark.parametrize('size', [1, 2, 3])
 @pytest.mark.parametrize('count, batch_size', [(36, 16), (37, 5), (16, 16), (7, 4)])
 def test_processes_share_each_batch_and_give_each_sample_once(monkeypatch, size, count, batch_size):
@@ -339,7 +351,8 @@ def test_a_checkpoint_that_would_unpack_to_more_than_its_size_is_refused(tmp_pat
 
 @pytest.mark.parametrize('entry, value', [
     ('format', torch.zeros(3)), ('network', 'Encoder'), ('network', ['MTLNet']), ('class_names', 'abcdefgh'),
-    ('class_names', [1] * 8), ('class_names', ['a'] * 7), ('image_size', [65, 64]), ('image_size', [10**6, 10**6]),
+    ('class_names', [1] * 8), ('class_names', ['a'] * 7), ('class_names', []), ('class_names', ['\ud800'] * 8),
+    ('class_names', ['a' * 10**6] * 8), ('network', ('MTLNet',)), ('image_size', [65, 64]), ('image_size', [10**6, 10**6]),
     ('image_size', [64.0, 64]), ('arguments', {'c_in': 3, 'c_out_seg': 1, 'n_classes': 10**12}), ('weights', None),
 ])
 def test_a_model_file_with_an_impossible_entry_is_refused(trained, tmp_path, entry, value):

@@ -185,6 +185,65 @@ def test_a_checkpoint_with_an_impossible_entry_is_refused(shared_data, whole, tm
     assert [path.name for path in tmp_path.iterdir()] == ['last.pt']
 
 
+def set_all(places, key, value):
+    for place in places:
+        place[key] = value
+
+
+def tower(floors=21):
+    """Small, and endless to who goes through all of it."""
+    value = ['x']
+    for _ in range(floors):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize('change', [
+    lambda content: set_all(content['optimizer']['param_groups'], 'amsgrad', True),
+    lambda content: set_all(content['optimizer']['param_groups'], 'differentiable', True),
+    lambda content: content['optimizer']['param_groups'][0]['params'].reverse(),
+    lambda content: set_all(content['optimizer']['state'].values(), 'exp_avg', None),
+    lambda content: [set_all([moments], 'exp_avg', torch.zeros(1).expand(moments['exp_avg'].shape))
+                     for moments in content['optimizer']['state'].values()],
+    lambda content: set_all(content['history'], 'val_dice', 10**400),
+    lambda content: set_all(content['history'], 'val_dice', 1e305),
+    lambda content: set_all(content['history'], 'val_\ud800', 0.5),
+    lambda content: content['history'][1].pop('total_seconds'),
+    lambda content: content.update(history=[tower()] * 2),
+    lambda content: content['config'].update(network=tower()),
+    lambda content: content.update(seconds=float('nan')),
+], ids=['amsgrad', 'differentiable', 'order', 'no moment', 'strides', 'long number', 'huge number', 'name', 'no seconds',
+        'nested history', 'nested configuration', 'seconds'])
+def test_a_checkpoint_made_to_do_harm_is_refused(shared_data, whole, tmp_path, change):
+    """A moment of other strides lets the optimiser write beyond it; other options end in a traceback."""
+    content = torch.load(whole / 'last.pt', weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / 'last.pt')
+    with pytest.raises(InputError, match='last.pt: does not fit this training') as error:
+        train(shared_data, tmp_path, '--resume')
+    assert len(str(error.value)) < 500
+    assert [path.name for path in tmp_path.iterdir()] == ['last.pt']
+
+
+def test_before_a_run_takes_the_place_of_a_finished_one_the_finished_one_is_unmarked(tmp_path, monkeypatch):
+    """Or, killed in between, it would look finished and could be overwritten."""
+    for number in 1, 2:
+        (tmp_path / 'metrics.json').touch()
+        with monkeypatch.context() as patch:
+            if number == 2:
+                def killed(source, target):
+                    if target.name == 'last.pt':
+                        raise SystemExit
+                    return os.rename(source, target)
+
+                patch.setattr(os, 'replace', killed)
+            try:
+                engine.save_state({'number': number}, tmp_path)
+            except SystemExit:
+                pass
+    assert torch.load(tmp_path / 'last.pt') == {'number': 1} and not (tmp_path / 'metrics.json').exists()
+
+
 @pytest.mark.parametrize('part', ['model', 'best_model'])
 def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(shared_data, whole, tmp_path, part):
     content = torch.load(whole / 'last.pt', weights_only=True)
@@ -284,7 +343,8 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_step_and_both_go_
     (99, lambda folder: mtl_vis.save_picture([[('', torch.zeros(3, 9, 9))]], folder / 'mask.png'), 'mask.png'),
 ])
 def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, limit, write, name):
-    (tmp_path / name).write_bytes(b'before')
+    for each in name, 'metrics.json':
+        (tmp_path / each).write_bytes(b'before')
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -293,7 +353,8 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, limit, write, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(error.value) == f'{tmp_path / name}: cannot be written and is left as it was (File too large)'
-    assert (tmp_path / name).read_bytes() == b'before' and {path.name for path in tmp_path.iterdir()} <= {name, 'previous.pt'}
+    assert (tmp_path / name).read_bytes() == (tmp_path / 'metrics.json').read_bytes() == b'before'
+    assert {path.name for path in tmp_path.iterdir()} <= {name, 'metrics.json', 'previous.pt'}
 
 
 def test_several_processes_train_from_the_files_that_another_reads(shared_data, tmp_path):
@@ -334,9 +395,12 @@ def test_a_signal_after_the_last_check_is_not_forgotten():
     assert stopped.value.status == 143
 
 
-def test_unfinished_weightings_are_refused_before_the_first_is_trained(shared_data, tmp_path):
+@pytest.mark.parametrize('also', [(), ('metrics.json',)], ids=['unfinished', 'finished'])
+def test_a_folder_of_weightings_is_not_trained_over(shared_data, tmp_path, also):
+    """Stopped and resumed, it would meet runs of other options."""
     (tmp_path / 'uncertainty').mkdir()
-    (tmp_path / 'uncertainty' / 'last.pt').touch()
-    with pytest.raises(InputError, match='uncertainty: holds an unfinished run'):
+    for name in 'last.pt', *also:
+        (tmp_path / 'uncertainty' / name).touch()
+    with pytest.raises(InputError, match='uncertainty: holds a run; --resume'):
         oeq_weighting.main(arguments_of(shared_data, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ['uncertainty']

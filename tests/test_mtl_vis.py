@@ -145,8 +145,10 @@ def test_a_missing_model_is_named(tmp_path, fails):
     assert 'mtl_model.pt: no such file' in fails(main, '--model', tmp_path / 'mtl_model.pt')
 
 
-def test_a_name_with_dollars_is_drawn_as_it_is(tmp_path):
-    mtl_vis.save_picture([[('$x^{ costs 5$', torch.zeros(3, 64, 64, dtype=torch.uint8))]], tmp_path / 'mask.png')
+@pytest.mark.filterwarnings('error:Glyph')
+@pytest.mark.parametrize('name', ['$x^{ costs 5$', 'シャム猫'])
+def test_a_name_with_dollars_or_unknown_signs_is_drawn_without_a_remark(tmp_path, name):
+    mtl_vis.save_picture([[(name, torch.zeros(3, 64, 64, dtype=torch.uint8))]], tmp_path / 'mask.png')
     assert Image.open(tmp_path / 'mask.png').size == (108, 108)
 
 
