@@ -113,7 +113,7 @@ def inspected(path):
         dataset = find_dataset(file, f'chunked_{stem}')
         if not is_rechunked(file, stem):
             raise InputError(f'{path}: not as data_rechunk.py stores it; {rechunk}')
-        kind, names = dataset.dtype, dataset.attrs.get('class_names')
+        kind, preparation, names = dataset.dtype, dataset.attrs.get('preparation'), None
         if stem == 'images' and kind.kind == 'f' and dataset[0].max() <= 1:
             raise InputError(f'{path}: the first image has no value above 1; images are expected as 0 to 255')
         if stem == 'images' and kind.kind != 'f' and kind != np.uint8:
@@ -123,16 +123,19 @@ def inspected(path):
             raise InputError(f"{path}: 'chunked_masks' is {kind}, so some value is not 0, 1 or 255; write whole "
                              'numbers and rechunk again')
         if stem == 'breeds':
-            names = names.tolist() if isinstance(names, np.ndarray) else None
+            names = dataset.attrs.get('class_names')
+            names = names.tolist() if isinstance(names, np.ndarray) else names
             if not are_names(names):
                 raise InputError(f"{path}: no attribute 'class_names' with the breeds' names, each of 1 to 100 "
                                  'characters that can be printed; prepare the data again, or train with the '
                                  'species by removing the file')
-        preparation = dataset.attrs.get('preparation')
         return Inspected(
-            len(dataset), tuple(map(int, dataset.shape[1:3])) if dataset.ndim == 4 else None,
-            preparation and str(preparation), identity(dataset), dataset[()] if dataset.ndim == 2 else None,
-            names if stem == 'breeds' else None,
+            length=len(dataset),
+            size=tuple(map(int, dataset.shape[1:3])) if dataset.ndim == 4 else None,
+            preparation=preparation and str(preparation),
+            identity=identity(dataset),
+            table=dataset[()] if dataset.ndim == 2 else None,
+            class_names=names,
         )
 
 
@@ -327,12 +330,12 @@ class MTLDataset(Dataset):
         Those in `needed` have to be there though they are OPTIONAL.
         """
         stems = [stem for stem in SHAPES if stem not in OPTIONAL or stem in needed or self._path(stem).exists()]
-        # In 30 seconds HDF5 reads the structure of millions of samples.
         found = dict(zip(stems, in_own_process(30, inspected, *map(self._path, stems))))
-        for what in 'lengths', 'sizes', 'preparations':
-            values = {stem: getattr(each, what[:-1]) for stem, each in found.items()}
-            if what == 'sizes':
-                values = {stem: values[stem] for stem in ('images', 'masks')}
+        for what, values in (
+            ('lengths', {stem: each.length for stem, each in found.items()}),
+            ('sizes', {stem: found[stem].size for stem in ('images', 'masks')}),
+            ('preparations', {stem: each.preparation for stem, each in found.items()}),
+        ):
             if len(set(values.values())) > 1:
                 listed = ', '.join(f'{stem} {value}' for stem, value in values.items())
                 raise InputError(f'{self.folder}: the files do not belong together, their {what} '
