@@ -602,39 +602,45 @@ def in_own_process(seconds, function, *paths):
 
     A file that was damaged or made to do harm can crash HDF5, keep it in a loop or let it ask for all
     memory. Raises InputError where that happens, also after `seconds` of computing (not of waiting), and
-    the function's InputError or OSError.
+    the function's InputError or OSError. A daemonic process, which must not start any, calls it itself.
     """
-    if sys.platform != 'linux':  # there a process has to import everything anew, which takes seconds
+    # On other systems a process has to import everything anew, which takes seconds.
+    if sys.platform != 'linux' or multiprocessing.current_process().daemon:
         return list(map(function, paths))
     context = multiprocessing.get_context('fork')
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(sender, os.getpid(), seconds, function, paths))
-    with signals_blocked():
-        process.start()
-    sender.close()
+    process = context.Process(target=answer, args=(receiver, sender, os.getpid(), seconds, function, paths))
     results = []
     try:
+        with signals_blocked():
+            process.start()
+        sender.close()
         while len(results) < len(paths):
             results.append(receiver.recv())
             if isinstance(results[-1], Exception):
                 raise results[-1]
     except EOFError:
         process.join()
-        target = Path(os.path.realpath(paths[len(results)]))
-        target.with_name(f'{target.name}.{process.pid}.part').unlink(missing_ok=True)
         how = 'took too long' if process.exitcode == -signal.SIGPROF else f'ended with {process.exitcode}'
         raise InputError(f'{paths[len(results)]}: reading it {how}, as damage can cause; it is left as it was; '
                          'make it again') from None
     except KeyboardInterrupt:
-        process.terminate()
+        if process.pid:
+            process.terminate()
+            process.join(2)  # longer than it takes for a slab, but a loop in HDF5 does not end by itself
         raise
     finally:
-        process.join()
+        if process.pid:
+            process.kill()
+            process.join()
+        for target in map(Path, map(os.path.realpath, paths)):
+            target.with_name(f'{target.name}.{process.pid}.part').unlink(missing_ok=True)
     return results
 
 
-def answer(sender, parent, seconds, function, paths):
+def answer(receiver, sender, parent, seconds, function, paths):
     """What the process does; it answers with a value for each path, or an error at last."""
+    receiver.close()  # or it would wait for itself to read a long answer when the parent has gone
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         signal.setitimer(signal.ITIMER_PROF, seconds)

@@ -100,7 +100,7 @@ class Inspected(NamedTuple):
     preparation: str | None
     identity: tuple
     table: np.ndarray | None  # of boxes and labels
-    class_names: list | None  # of breeds
+    class_names: list | None  # of breeds, if they can be printed
 
 
 def inspected(path):
@@ -125,17 +125,13 @@ def inspected(path):
         if stem == 'breeds':
             names = dataset.attrs.get('class_names')
             names = names.tolist() if isinstance(names, np.ndarray) else names
-            if not are_names(names):
-                raise InputError(f"{path}: no attribute 'class_names' with the breeds' names, each of 1 to 100 "
-                                 'characters that can be printed; prepare the data again, or train with the '
-                                 'species by removing the file')
         return Inspected(
             length=len(dataset),
             size=tuple(map(int, dataset.shape[1:3])) if dataset.ndim == 4 else None,
             preparation=preparation and str(preparation),
             identity=identity(dataset),
             table=dataset[()] if dataset.ndim == 2 else None,
-            class_names=names,
+            class_names=names if are_names(names) else None,
         )
 
 
@@ -205,6 +201,10 @@ class MTLDataset(Dataset):
             label = 'breed' if 'breeds' in found else 'species'
         if label == 'breed':
             self.class_names = found['breeds'].class_names
+            if self.class_names is None:
+                raise InputError(f"{self._path('breeds')}: no attribute 'class_names' with the breeds' names, each of 1 "
+                                 'to 100 characters that can be printed; prepare the data again, or train with the '
+                                 'species by removing the file')
             self.labels = self._checked_labels('breeds', found['breeds'].table, len(self.class_names))
         else:
             self.class_names, self.labels = list(SPECIES), species

@@ -221,7 +221,7 @@ def first_process_does(action):
             value = action()
         except (InputError, OSError) as raised:
             error = raised
-    value, message = gathered((value, error and str(error)))[0]
+    value, message = gathered((value, error and (str(error) or reason(error))))[0]
     if message:
         raise error or InputError(message)
     return value
@@ -942,7 +942,6 @@ def train_in_group(network, weighting, args, out, interruption, after_epoch):
             say(epoch_line(row, args.epochs))
             if after_epoch:
                 after_epoch(row, run.average.module)
-        gathered(None)  # the others wait here until best.pt is written
         model = load_model(out / 'best.pt', run.device)
         test = evaluate(model, test_part, run.device, workers=args.workers, before_batch=check)
     except Interrupted as stop:
@@ -1017,7 +1016,7 @@ FIGURES = ('epoch', 'lr', 'train_seconds', 'images_per_second', 'total_seconds',
 def is_row(row):
     """Whether `row` can be a row of log.csv: named figures that can be drawn and added up."""
     return isinstance(row, dict) and {'epoch', 'total_seconds'} <= row.keys() and all(
-        name in FIGURES and type(value) in (int, float) and not abs(value) > 1e100 for name, value in row.items()
+        name in FIGURES and type(value) in (int, float) and not 1e100 < abs(value) < math.inf for name, value in row.items()
     )
 
 

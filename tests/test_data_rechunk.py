@@ -150,10 +150,10 @@ def test_what_cannot_be_read_back_does_not_replace_the_source(tmp_path, monkeypa
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['images.h5']
 
 
-def in_a_process(code, *arguments):
+def in_a_process(code, *arguments, timeout=None):
     """The finished process of a script that has data_rechunk and the arguments."""
     return subprocess.run([sys.executable, '-c', f'import sys, resource, signal, data_rechunk\n{code}', *map(str, arguments)],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.mark.parametrize('limit', [0, 2000, 100_000])
@@ -321,6 +321,32 @@ os.close(4)
 assert os.read(read, 1) == b''  # when all who could write are gone
 """, tmp_path) if sys.platform == 'linux' else None
     assert done is None or done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='without a process of its own')
+@pytest.mark.parametrize('lines', ["""
+def child(path):  # as in a loop of HDF5, where Python handles no signal
+    for number in data_rechunk.STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    os.kill(os.getppid(), signal.SIGTERM)
+    signal.pause()
+""", """
+def child(path):  # more than a pipe holds
+    return bytes(1 << 20)
+@contextlib.contextmanager
+def blocked(original=data_rechunk.signals_blocked):
+    with original():
+        yield
+        os.kill(os.getpid(), signal.SIGTERM)
+data_rechunk.signals_blocked = blocked
+"""], ids=['while it loops', 'while it starts'])
+def test_a_signal_ends_the_process_of_a_file(tmp_path, lines):
+    done = in_a_process(f"""
+import contextlib, os
+{lines}
+data_rechunk.run_script(lambda: data_rechunk.in_own_process(60, child, sys.argv[1]))
+""", tmp_path, timeout=100)
+    assert done.returncode == 143 and done.stderr == 'interrupted\n', done.stderr
 
 
 @pytest.mark.parametrize('mark, count', [(b'SNOD', 1), (b'HEAP', 1), (b'TREE', 1), (b'\x89HDF', 1)])

@@ -352,6 +352,17 @@ def test_breeds_whose_names_cannot_be_printed_are_refused(data, name):
         file['breeds'].attrs.create('class_names', [name] * count, dtype=h5py.string_dtype())
     with pytest.raises(InputError, match="breeds.h5: no attribute 'class_names' with the breeds' names, each of 1 to"):
         MTLDataset('train', root=data)
+    assert MTLDataset('train', root=data, label='species').class_names == ['cat', 'dog']
+
+
+def test_a_dataset_can_be_made_in_a_daemonic_process(shared_data):
+    context = multiprocessing.get_context('fork')
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(len(MTLDataset('val', root=shared_data))), daemon=True)
+    process.start()
+    sender.close()
+    assert receiver.recv() == len(MTLDataset('val', root=shared_data))
+    process.join()
 
 
 def test_missing_chunks_say_to_rechunk(coursework):

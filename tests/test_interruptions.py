@@ -206,7 +206,7 @@ def tower(floors=21):
     lambda content: [set_all([moments], 'exp_avg', torch.zeros(1).expand(moments['exp_avg'].shape))
                      for moments in content['optimizer']['state'].values()],
     lambda content: set_all(content['history'], 'val_dice', 10**400),
-    lambda content: set_all(content['history'], 'val_dice', 1e305),
+    lambda content: set_all(content['history'], 'val_dice', -1e305),
     lambda content: set_all(content['history'], 'val_\ud800', 0.5),
     lambda content: content['history'][1].pop('total_seconds'),
     lambda content: content.update(history=[tower()] * 2),
