@@ -676,8 +676,8 @@ def rechunk(root, force=False, checksums=False):
             if stem in OPTIONAL and not path.exists():
                 continue
             before, start = size_of(path), time.perf_counter()
-            # Nothing takes a second for a megabyte.
             rechunk_one = partial(rechunk_file, force=force, checksums=checksums)
+            # Nothing takes a second for a megabyte.
             [count] = in_own_process(60 + before / 1e6, rechunk_one, path)
             if count is None:
                 print(f'{path}: already rechunked, nothing to do')
