@@ -164,6 +164,13 @@ def whole_number(minimum):
     return parse
 
 
+def must_be_file(path, hint):
+    """Raises InputError, which ends with `hint`, for a path without a regular file: a pipe would be waited for."""
+    if not os.path.isfile(path):
+        found = 'is not a file' if os.path.exists(path) else 'no such file'
+        raise InputError(f'{path}: {found}; {hint}')
+
+
 def networks_take(*sides):
     """Whether the networks take images with these sides in pixels."""
     return all(64 <= side <= LARGEST_SIDE and side % 16 == 0 for side in sides)
@@ -375,9 +382,7 @@ def open_h5(path, **options):
 
     Raises InputError where there is none, it is damaged or another process writes to it.
     """
-    if not os.path.isfile(path):
-        found = 'is not a file' if os.path.exists(path) else 'no such file'
-        raise InputError(f'{path}: {found}; data_prepare.py makes it')
+    must_be_file(path, 'data_prepare.py makes it')
     try:
         try:
             return h5py.File(path, 'r', **options)

@@ -202,9 +202,9 @@ class MTLDataset(Dataset):
         if label == 'breed':
             self.class_names = found['breeds'].class_names
             if self.class_names is None:
-                raise InputError(f"{self._path('breeds')}: no attribute 'class_names' with the breeds' names, each of 1 "
-                                 'to 100 characters that can be printed; prepare the data again, or train with the '
-                                 'species by removing the file')
+                raise InputError(f"{self._path('breeds')}: no attribute 'class_names' with the breeds' names, each "
+                                 'of 1 to 100 characters that can be printed; prepare the data again, or train '
+                                 'with the species by removing the file')
             self.labels = self._checked_labels('breeds', found['breeds'].table, len(self.class_names))
         else:
             self.class_names, self.labels = list(SPECIES), species

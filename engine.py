@@ -7,9 +7,9 @@ The training scripts say which network and which weighting of the tasks' losses;
 
 A run writes to its folder last.pt (all of the run, to go on from) and previous.pt (the one before it);
 what is made from last.pt: log.csv, curves.png and best.pt (the model with the best validation Dice); and,
-at the end, metrics.json with the test figures of best.pt. On a CPU a run that was interrupted and resumed, wherever that was, ends with the
-weights of an uninterrupted one, bit for bit: every random number comes from a seed made of --seed, the
-epoch and the step.
+at the end, metrics.json with the test figures of best.pt. On a CPU a run that was interrupted and resumed,
+wherever that was, ends with the weights of an uninterrupted one, bit for bit: every random number comes
+from a seed made of --seed, the epoch and the step.
 """
 
 import argparse
@@ -47,8 +47,8 @@ from tqdm import tqdm
 import models
 import utils
 from data_rechunk import (LARGEST_SIDE, STOPPING, InputError, Interrupted, Interruption, alone_in, are_names,
-                          leave_locks, naming, networks_take, reason, replacing, signals_blocked, whole_number,
-                          write_file)
+                          leave_locks, must_be_file, naming, networks_take, reason, replacing, signals_blocked,
+                          whole_number, write_file)
 from dataloader_mtl import MTLDataset, collate, training_transform
 
 MODEL_FORMAT = 'segmentation-mtl model 1'
@@ -514,9 +514,7 @@ def load_checkpoint(path, expected, device='cpu'):
 
     No code in the file runs, and a single changed bit is noticed.
     """
-    if not os.path.isfile(path):
-        found = 'is not a file' if os.path.exists(path) else 'no such file'
-        raise InputError(f'{path}: {found}; the training scripts make it')
+    must_be_file(path, 'the training scripts make it')
     try:
         check_archive(path)
         with warnings.catch_warnings():
@@ -698,7 +696,8 @@ class Run:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         sums, counts = self.means.totals()
         return {'format': TRAINING_FORMAT, 'config': config, 'history': self.history, 'best': self.best,
-                'best_model': self.best_model, 'steps': self.steps, 'sums': sums, 'counts': counts, 'seconds': self.clock(), **parts}
+                'best_model': self.best_model, 'steps': self.steps, 'sums': sums, 'counts': counts,
+                'seconds': self.clock(), **parts}
 
     def restore(self, content, path, config, epoch_steps):
         """Go on from the `content` of the checkpoint `path`; raises InputError if it is another run's."""
@@ -1016,7 +1015,8 @@ FIGURES = ('epoch', 'lr', 'train_seconds', 'images_per_second', 'total_seconds',
 def is_row(row):
     """Whether `row` can be a row of log.csv: named figures that can be drawn and added up."""
     return isinstance(row, dict) and {'epoch', 'total_seconds'} <= row.keys() and all(
-        name in FIGURES and type(value) in (int, float) and not 1e100 < abs(value) < math.inf for name, value in row.items()
+        name in FIGURES and type(value) in (int, float) and not 1e100 < abs(value) < math.inf
+        for name, value in row.items()
     )
 
 

@@ -150,6 +150,10 @@ def test_what_cannot_be_read_back_does_not_replace_the_source(tmp_path, monkeypa
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['images.h5']
 
 
+# What happens to the process of a file would elsewhere happen to the tests'.
+own_process = pytest.mark.skipif(sys.platform != 'linux', reason='files have processes of their own on Linux alone')
+
+
 def in_a_process(code, *arguments, timeout=None):
     """The finished process of a script that has data_rechunk and the arguments."""
     return subprocess.run([sys.executable, '-c', f'import sys, resource, signal, data_rechunk\n{code}', *map(str, arguments)],
@@ -281,6 +285,7 @@ def greedy(path):
     bytearray(3 << 30)
 
 
+@own_process
 @pytest.mark.parametrize('function, arguments, message', [
     (crash, (signal.SIGSEGV,), 'reading it ended with -11'),
     (crash, (signal.SIGPROF,), 'reading it took too long'),
@@ -300,6 +305,7 @@ def test_what_the_parent_has_in_memory_is_not_taken_from_the_process_of_a_file(t
     assert data_rechunk.in_own_process(60, rechunk_file, path) == [20] and len(mapped)
 
 
+@own_process
 def test_the_process_of_a_file_ends_with_its_parent(tmp_path):
     """Killed, which it cannot tell anyone, a script must not leave a process that writes."""
     done = in_a_process("""
@@ -319,11 +325,11 @@ os.kill(pid, signal.SIGKILL)
 os.waitpid(pid, 0)
 os.close(4)
 assert os.read(read, 1) == b''  # when all who could write are gone
-""", tmp_path) if sys.platform == 'linux' else None
-    assert done is None or done.returncode == 0, done.stderr
+""", tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='without a process of its own')
+@own_process
 @pytest.mark.parametrize('lines', ["""
 def child(path):  # as in a loop of HDF5, where Python handles no signal
     for number in data_rechunk.STOPPING:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 
 import h5py
 import numpy as np
@@ -334,6 +335,7 @@ def test_augmentation_is_seeded(shared_data):
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='files have processes of their own on Linux alone')
 def test_a_file_that_crashes_hdf5_is_named(shared_data, monkeypatch):
     """It is opened in another process first."""
     def identity(dataset):
@@ -355,6 +357,7 @@ def test_breeds_whose_names_cannot_be_printed_are_refused(data, name):
     assert MTLDataset('train', root=data, label='species').class_names == ['cat', 'dog']
 
 
+@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='no fork here')
 def test_a_dataset_can_be_made_in_a_daemonic_process(shared_data):
     context = multiprocessing.get_context('fork')
     receiver, sender = context.Pipe(duplex=False)
