@@ -8,17 +8,20 @@
 Every network takes float images (N, c_in, H, W) whose sides are multiples of 16 from 64 up, and
 returns `Outputs`. Shapes are written (N, C, H, W); /k stands for a side divided by k, rounded up.
 
-The finest convolutions work at half resolution: on a CPU, full resolution is where most of a U-Net's
-time goes, while a pet's outline is smooth enough for its logits to be interpolated at the last step.
+The finest convolutions work at half resolution: on a CPU, most of a U-Net's time goes into full resolution,
+and a pet's outline is smooth enough for its logits to be interpolated.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data_rechunk import LARGEST_SIDE, networks_take
+from support.checkpoint import MODEL_FORMAT, is_finite, load_checkpoint
+from support.cli import InputError, are_names, reason
+from support.hdf5 import LARGEST_SIDE, is_image_size
 
 CHANNELS = (32, 64, 128, 256, 256)  # at /2, /4, /8, /16 and /32
 
@@ -35,9 +38,7 @@ def conv_bn_relu(c_in, c_out, kernel=3, stride=1):
     """(N, c_in, H, W) -> (N, c_out, H / stride, W / stride)."""
     padding = (kernel - 1) // 2
     return nn.Sequential(
-        nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
-        nn.BatchNorm2d(c_out),
-        nn.ReLU(inplace=True),
+        nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)
     )
 
 
@@ -64,9 +65,8 @@ class Encoder(nn.Module):
 class MaskDecoder(nn.Module):
     """Encoder features -> mask logits (N, c_out, H, W).
 
-    A level narrows what comes from below to its own channels, doubles its size, adds the encoder's
-    features and convolves once. Joining by concatenation, with two convolutions, costs four times as
-    much for each level.
+    Each level reduces the coarser features to its own channels, doubles their size, adds the encoder's
+    features and convolves once. Concatenation and two convolutions cost four times as much for each level.
     """
 
     def __init__(self, c_out):
@@ -129,10 +129,10 @@ class BoxHead(nn.Module):
         return torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1).clamp(0, 1)
 
 
-def rows_of(x, chosen):
-    """x[chosen] for a bool tensor (N,), whose gradient is channels_last like x.
+def select_rows(x, chosen):
+    """x[chosen] for x (N, C, H, W), channels_last, and a bool tensor (N,); its gradient is channels_last, too.
 
-    That of x[chosen] is NCHW, and each operation that meets both layouts is twenty times slower.
+    The gradient of x[chosen] is NCHW, and operations on mixed memory formats are up to twenty times slower.
     """
     return x.permute(0, 2, 3, 1)[chosen].permute(0, 3, 1, 2)
 
@@ -140,8 +140,9 @@ def rows_of(x, chosen):
 class SharedEncoderNet(nn.Module):
     """One encoder and the parts for `tasks`, out of 'mask', 'class' and 'box'.
 
-    `forward(x)` returns Outputs. With `decode`, a bool tensor (N,), the mask logits are those of the
-    chosen images alone, None if there are none: in training, what has no mask needs no decoder.
+    `forward(x)` returns Outputs. With `decode`, a bool tensor (N,), the mask logits are those of the chosen
+    images only, None if there are none: in training, images without a mask skip the decoder. Raises
+    ValueError for sides that are not multiples of 16 from 64 up.
     """
 
     tasks = ()
@@ -155,9 +156,10 @@ class SharedEncoderNet(nn.Module):
 
     def forward(self, x, decode=None):
         size = x.shape[-2:]
-        if not networks_take(*size):
-            raise ValueError(f'images of {size[0]} x {size[1]}; sides must be multiples of 16 '
-                             f'from 64 to {LARGEST_SIDE}')
+        if not is_image_size(*size):
+            raise ValueError(
+                f'images of {size[0]} x {size[1]}; sides must be multiples of 16 from 64 to {LARGEST_SIDE}'
+            )
         features = self.encoder(x)
         label = mask = bbox = None
         if self.class_head is not None:
@@ -165,7 +167,7 @@ class SharedEncoderNet(nn.Module):
         if self.box_head is not None:
             bbox = self.box_head(features)
         if self.decoder is not None and (decode is None or decode.any()):
-            chosen = features if decode is None else [rows_of(level, decode) for level in features]
+            chosen = features if decode is None else [select_rows(level, decode) for level in features]
             mask = self.decoder(chosen, size)
         return Outputs(label, mask, bbox)
 
@@ -204,3 +206,68 @@ class AblatedNet2(SharedEncoderNet):
 
     def __init__(self, c_in=3, c_out_seg=1):
         super().__init__(c_in, c_out_seg)
+
+
+NETWORKS = {network.__name__: network for network in (MTLNet, UNet, AblatedNet, AblatedNet2)}
+
+
+# ---- model files: best.pt and mtl_model.pt
+
+
+def network_arguments(network, class_names):
+    """The keyword arguments with which `network` is made for these classes."""
+    classes = {'n_classes': len(class_names)} if 'class' in network.tasks else {}
+    return {'c_in': 3, 'c_out_seg': 1, **classes}
+
+
+def model_content(model, class_names, image_size):
+    """What a model file holds: all that rebuilds the model for prediction, the weights as a copy."""
+    return {
+        'format': MODEL_FORMAT,
+        'network': type(model).__name__,
+        'arguments': network_arguments(model, class_names),
+        'class_names': class_names,
+        'image_size': list(image_size),
+        'weights': copy.deepcopy(model.state_dict()),
+    }
+
+
+def load_model(path='mtl_model.pt', device='cpu'):
+    """The trained network of a model file, in evaluation mode.
+
+    It has the attributes `class_names` (list of str) and `image_size` (height, width). Raises InputError for
+    a file that is missing, damaged or of another kind.
+    """
+    content = load_checkpoint(path, MODEL_FORMAT)
+    try:
+        name, class_names, size = (content[key] for key in ('network', 'class_names', 'image_size'))
+        if not isinstance(name, str) or name not in NETWORKS:
+            raise ValueError('another network')
+        if not are_names(class_names):
+            raise ValueError('its class names are not a list of printable names')
+        if not isinstance(size, list) or [type(side) for side in size] != [int, int] or not is_image_size(*size):
+            raise ValueError('its image size is not one that the networks take')
+        arguments = network_arguments(NETWORKS[name], class_names)
+        if content['arguments'] != arguments:
+            raise ValueError('other arguments')
+        with torch.device('meta'):  # allocates nothing
+            model = NETWORKS[name](**arguments)
+        check_weights(content['weights'], model.state_dict())
+        model.load_state_dict(content['weights'], assign=True)
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise InputError(f'{path}: does not fit the networks of models.py ({reason(error)}); train it again') from None
+    model.class_names, model.image_size = class_names, tuple(size)
+    return model.to(device).eval()
+
+
+def check_weights(weights, expected):
+    """Raises ValueError unless `weights` is a state dict like `expected` with finite values."""
+    if not isinstance(weights, dict) or weights.keys() != expected.keys():
+        raise ValueError('its weights are of another network')
+    for name, tensor in expected.items():
+        found = weights[name]
+        kinds = [isinstance(each, torch.Tensor) and (each.shape, each.dtype, each.layout) for each in (found, tensor)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f'{name} is of another shape or type')
+    if not is_finite(weights):
+        raise ValueError('some of its weights are not finite')

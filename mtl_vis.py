@@ -16,6 +16,7 @@ pixels and the share of the picture that the pet covers. From Python:
 import argparse
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +27,10 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from data_prepare import Unreadable, read_photograph, to_rgb
-from data_rechunk import InputError, run_script, whole_number, write_file
 from dataloader_mtl import MTLDataset, denormalise, normalise
-from engine import load_model
+from models import load_model
+from support.cli import InputError, run_script, whole_number
+from support.files import UnreadableFile, read_image, to_rgb, write_file
 
 PREDICTED, TARGET = '#ff3b30', '#34c759'  # red and green
 PANEL = (256, 1600)  # pixels: the smallest and the largest longer side of a drawn photograph
@@ -78,8 +79,12 @@ def draw_boxes(photograph, boxes):
     boxes = {colour: box for colour, box in boxes.items() if box is not None}
     if not boxes:
         return photograph
-    return draw_bounding_boxes(photograph, torch.tensor(list(boxes.values())), colors=list(boxes),
-                               width=max(2, max(photograph.shape[1:]) // 120))
+    return draw_bounding_boxes(
+        photograph,
+        torch.tensor(list(boxes.values())),
+        colors=list(boxes),
+        width=max(2, max(photograph.shape[1:]) // 120),
+    )
 
 
 def draw_mask(photograph, mask, colour):
@@ -115,9 +120,10 @@ def save_picture(rows, path):
         for x, (title, panel) in enumerate(row):
             height, width = panel.shape[1:]
             left = sum(columns[:x]) + (columns[x] - width) / 2
-            bottom = sum(heights[y + 1:]) + (heights[y] - margin - height) / 2
-            axes = figure.add_axes((left / sum(columns), bottom / sum(heights),
-                                    width / sum(columns), height / sum(heights)))
+            bottom = sum(heights[y + 1 :]) + (heights[y] - margin - height) / 2
+            axes = figure.add_axes(
+                (left / sum(columns), bottom / sum(heights), width / sum(columns), height / sum(heights))
+            )
             axes.imshow(panel.permute(1, 2, 0).numpy(), interpolation='nearest')
             axes.set_title(title, fontsize=10, parse_math=False)  # a name may have a $
             axes.axis('off')
@@ -157,15 +163,15 @@ def draw_photographs(model, paths, masks_folder, out):
     rows, broken = [], []
     for path in paths:
         try:
-            photograph = read_photograph(path, upright=True)  # as every viewer shows it
-        except Unreadable as error:
+            photograph = read_image(path, upright=True)  # as every viewer shows it
+        except UnreadableFile as error:
             broken.append(str(error))
             continue
         prediction = predict(model, photograph)
         print(f'{path}: {describe(prediction)}')
         if masks_folder and prediction.mask is not None:
             picture = Image.fromarray(prediction.mask.astype(np.uint8) * 255)
-            write_file(mask_path(masks_folder, path), lambda file: picture.save(file, format='PNG'))
+            write_file(mask_path(masks_folder, path), partial(picture.save, format='PNG'))
         rows.append(photograph_row(photograph, prediction))
     if rows:
         save_picture(rows, out)
@@ -183,8 +189,10 @@ def refuse_to_overwrite(targets, inputs):
     seen = {os.path.realpath(path) for path in inputs}
     for target in targets:
         if os.path.realpath(target) in seen:
-            raise InputError(f'{target}: would be written over an input or twice; give another --out or '
-                             '--save-masks, or one photograph at a time')
+            raise InputError(
+                f'{target}: would be written over an input or twice; give another --out or '
+                '--save-masks, or one photograph at a time'
+            )
         seen.add(os.path.realpath(target))
 
 
@@ -215,14 +223,14 @@ def describe(prediction):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('photographs', nargs='*', help='files to look at (default: some test pets)')
-    parser.add_argument('--model', default='mtl_model.pt', metavar='FILE',
-                        help='as train_mtl.py writes it (default: %(default)s)')
-    parser.add_argument('--data', default='datasets/data_new', metavar='DIR',
-                        help='where the test pets are (default: %(default)s)')
+    parser.add_argument(
+        '--model', default='mtl_model.pt', metavar='FILE', help='as train_mtl.py writes it (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--data', default='datasets/data_new', metavar='DIR', help='where the test pets are (default: %(default)s)'
+    )
     parser.add_argument('--count', type=whole_number(1), default=6, help='how many test pets (default: %(default)s)')
     parser.add_argument('--seed', type=whole_number(0), default=0, help='which test pets (default: %(default)s)')
     parser.add_argument('--save-masks', metavar='DIR', help="write each photograph's mask as DIR/NAME_mask.png")

@@ -11,9 +11,10 @@ finished weightings are only tested again and an unfinished one goes on.
 from pathlib import Path
 
 import engine
-from data_rechunk import InputError, run_script
 from models import MTLNet
-from utils import UncertaintyLoss, WeightedLoss
+from support.cli import InputError, run_script
+from support.distributed import is_main_process, print_once, process_group
+from utils import METRICS, UncertaintyLoss, WeightedLoss
 
 FIXED = ('80-10-10', '70-15-15', '50-25-25', '25-50-25', '25-25-50')
 NAMES = ('equal', *FIXED, 'uncertainty')
@@ -30,7 +31,7 @@ def weighting(name):
 
 def print_table(rows):
     """`rows`: {name: metrics}."""
-    names = list(engine.METRICS)
+    names = list(METRICS)
     print(f'{"weighting":14}{"val dice":>10}' + ''.join(f'{"test " + name:>15}' for name in names))
     for name, metrics in sorted(rows.items(), key=lambda row: -row[1]['test'].get('dice', 0)):
         test = ''.join(f'{metrics["test"].get(key, float("nan")):15.4f}' for key in names)
@@ -45,15 +46,17 @@ def main(argv=None):
     args.resume = args.resume and 'auto'  # some are finished, one is under way, others have not begun
     names = (args.only,) if args.only else NAMES
     held = [root / name for name in names if (root / name / 'last.pt').exists()]
-    if held and not args.resume and not args.only:  # it would meet them again, to go on from, with --resume
-        raise InputError(f'{held[0]}: holds a run; --resume tests finished ones again and goes on with the rest; '
-                         'to start anew, remove it or give another --out')
-    with engine.process_group(args.device):
+    if held and not args.resume and not args.only:  # stopped and resumed, it would mix runs of other options
+        raise InputError(
+            f'{held[0]}: holds a run; --resume tests finished ones again and goes on with the rest; '
+            'to start anew, remove it or give another --out'
+        )
+    with process_group(args.device):
         for name in names:
-            engine.say(f'---- {name}')
+            print_once(f'---- {name}')
             args.out = root / name
             rows[name] = engine.train(MTLNet, weighting(name), args)
-    if engine.is_first_process():
+    if is_main_process():
         print_table(rows)
 
 

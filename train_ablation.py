@@ -3,13 +3,13 @@
     python train_ablation.py --without bbox      # AblatedNet: mask and class
     python train_ablation.py --without class     # AblatedNet2: mask and box
 
-Prints a line an epoch and, at the end, the test figures of the epoch with the best validation Dice.
+Prints a line an epoch and, at the end, the test metrics of the epoch with the best validation Dice.
 Writes the run to runs/without_bbox/ or runs/without_class/.
 """
 
 import engine
-from data_rechunk import run_script
 from models import AblatedNet, AblatedNet2
+from support.cli import run_script
 from utils import WeightedLoss
 
 NETWORKS = {'bbox': AblatedNet, 'class': AblatedNet2}

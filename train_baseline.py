@@ -2,13 +2,13 @@
 
     python train_baseline.py
 
-Prints a line an epoch and, at the end, the test figures of the epoch with the best validation Dice.
-Writes the run to runs/baseline/. Photographs without a mask are not used.
+Prints a line an epoch and, at the end, the test metrics of the epoch with the best validation Dice.
+Writes the run to runs/baseline/. Images without a mask are not used.
 """
 
 import engine
-from data_rechunk import run_script
 from models import UNet
+from support.cli import run_script
 from utils import WeightedLoss
 
 

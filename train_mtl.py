@@ -3,25 +3,32 @@
     python train_mtl.py
     torchrun --nproc-per-node 2 train_mtl.py     # data-parallel, in two processes
 
-Prints a line an epoch and, at the end, the test figures of the epoch with the best validation Dice.
+Prints a line an epoch and, at the end, the test metrics of the epoch with the best validation Dice.
 Writes the run to runs/mtl/ and the model that mtl_vis.py needs to mtl_model.pt.
 """
 
 from pathlib import Path
 
 import engine
-from data_rechunk import run_script, write_file
 from models import MTLNet
+from support.cli import file_to_write, run_script
+from support.distributed import is_main_process
+from support.files import write_file
 from utils import WeightedLoss
 
 
 def main(argv=None):
     parser = engine.training_parser(__doc__, out='runs/mtl')
-    parser.add_argument('--model', type=engine.file_to_write, default='mtl_model.pt', metavar='FILE',
-                        help='where the trained model goes (default: %(default)s)')
+    parser.add_argument(
+        '--model',
+        type=file_to_write,
+        default='mtl_model.pt',
+        metavar='FILE',
+        help='where the trained model goes (default: %(default)s)',
+    )
     args = parser.parse_args(argv)
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
-    if engine.is_first_process():
+    if is_main_process():
         best = (Path(args.out) / 'best.pt').read_bytes()
         write_file(args.model, lambda file: file.write(best))
         print(f'model written to {args.model}; next: python mtl_vis.py --data {args.data} --model {args.model}')

@@ -1,16 +1,21 @@
-"""Losses, task weightings and metrics.
+"""Losses, task weightings and metrics, and the tables `TASKS` and `METRICS` that name them.
 
-Shapes and types are those of `MTLDataset` and `models.Outputs`: mask logits and masks (N, 1, H, W),
-class logits (N, n_classes) and labels (N,), boxes (N, 4) in [0, 1]. What is not known is NaN in a mask
-or a box and -1 as a label. Every loss and metric is a mean over the samples that have the label, and
-zero where a batch has none. The metrics' `reduction='none'` gives the value of each sample that has
-the label, from which a dataset's figure is exact however the batches fall.
+Shapes and types are those of a `Sample` of `MTLDataset` and of `models.Outputs`: mask logits and masks
+(N, 1, H, W), class logits (N, n_classes) and labels (N,), boxes (N, 4) in [0, 1]. Unknown is NaN in a mask
+or a box and -1 as a label. Every loss and metric is a mean over the samples that have the label, and zero
+for a batch without labels.
 """
+
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import ops
+
+from support.distributed import all_gather
 
 
 def mask_known(mask):
@@ -29,21 +34,20 @@ def box_known(bbox):
 
 
 def reduce(values, reduction):
-    """(K,) values of the samples that have the label -> their mean, or zero if there are none."""
+    """(K,) values of the samples that have the label -> their mean, or zero for K = 0; 'none': `values`."""
     if reduction == 'none':
         return values
-    return values.mean() if len(values) else values.sum()  # a sum keeps the graph, unlike a constant
+    return values.mean() if len(values) else values.sum()  # the sum of nothing is attached to the graph
 
 
 # ---- losses
 
 
 class DiceLoss(nn.Module):
-    """1 - 2 sum(p t) / (sum(p) + sum(t)) of each image, p the sigmoid of the logits, averaged.
+    """Mean over the images of 1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1), p the sigmoid of the logits.
 
-    The soft Dice loss (Milletari, Navab and Ahmadi, V-Net, 3DV 2016, with plain sums below, as in the
-    Dice coefficient) over the known pixels; 1 is added above and below, so that an image whose mask is
-    empty has a gradient.
+    The soft Dice loss (Milletari, Navab and Ahmadi, V-Net, 3DV 2016) with plain sums in the denominator, as
+    in the Dice coefficient, over the known pixels. The 1 gives an image with an empty mask a gradient.
     """
 
     def forward(self, mask_logits, mask):
@@ -81,16 +85,17 @@ class ClassLoss(nn.Module):
 
     def forward(self, label_logits, label):
         rows = label_known(label)
-        return reduce(F.cross_entropy(
-            label_logits[rows].float(), label[rows], reduction='none', label_smoothing=self.smoothing
-        ), 'mean')
+        return reduce(
+            F.cross_entropy(label_logits[rows].float(), label[rows], reduction='none', label_smoothing=self.smoothing),
+            'mean',
+        )
 
 
 class BoxLoss(nn.Module):
     """Mean absolute difference of the coordinates plus 1 - GIoU (Rezatofighi et al., CVPR 2019).
 
-    The L1 term alone, as in the study, is about 0.1 from the first step and hardly rewards a tighter
-    box; the GIoU term is what the box is judged by, and has a gradient for boxes apart as well.
+    The L1 term alone, as in the study, is about 0.1 from the first step and hardly rewards a tighter box.
+    GIoU is close to the metric and has a gradient for boxes that do not overlap, too.
     """
 
     def forward(self, bbox, target):
@@ -100,7 +105,7 @@ class BoxLoss(nn.Module):
         return reduce(distance + ops.generalized_box_iou_loss(bbox, target), 'mean')
 
 
-# ---- weightings: dict of task -> scalar loss in, one scalar out
+# ---- weightings: {task: scalar loss} -> scalar
 
 
 class WeightedLoss(nn.Module):
@@ -122,15 +127,12 @@ class WeightedLoss(nn.Module):
 class UncertaintyLoss(nn.Module):
     """Learned weights from each task's uncertainty (Kendall, Gal and Cipolla, CVPR 2018).
 
-    With s = log sigma^2, a parameter for each task that starts at zero:
+    With a parameter s = log sigma^2 for each task, which starts at zero:
         classification (mask and class)  exp(-s) L + s / 2        (their eq. 10)
         regression (box)                 exp(-s) L / 2 + s / 2    (their eq. 5 and 7)
-    The 1/2 of the regression term comes from the Gaussian's exponent, (y - f)^2 / (2 sigma^2); the
-    softmax of a classification is scaled by 1 / sigma^2 without it. The box loss here is no squared
-    error; the form is kept, as the study and most users of the method keep it.
-
-    A task without a label in a batch is left out with its s, which would otherwise sink unopposed.
-    The parameters must be given to the optimiser, as `engine.train` does.
+    The box loss is not a squared error, as their regression is; the study and most users of the method keep
+    the form. A task without labels in a batch is left out together with its s, which would otherwise sink.
+    The parameters must be given to the optimiser, as `engine.Run` does.
     """
 
     def __init__(self, tasks):
@@ -141,17 +143,17 @@ class UncertaintyLoss(nn.Module):
         total = 0
         for task, loss in losses.items():
             s = self.log_variance[task]
-            total = total + torch.exp(-s) * loss * (0.5 if task == 'box' else 1) + s / 2
+            total = total + torch.exp(-s) * loss * (0.5 if TASKS[task].regression else 1) + s / 2
         return total
 
 
-# ---- metrics
+# ---- metrics: reduction='none' gives the value of each sample that has the label
 
 
 def overlap(mask_logits, mask):
-    """Per image with a mask, over its known pixels: (predicted and true, predicted, true) counts.
+    """Counts (K,) of (predicted and true, predicted, true) known pixels, for each image with a mask.
 
-    A pixel is predicted as pet where its logit is above zero, a probability above one half.
+    A pixel is predicted as pet where its logit is above zero: a probability above one half.
     """
     rows = mask_known(mask)
     target = mask[rows].flatten(1)
@@ -186,3 +188,72 @@ def accuracy(label_logits, label, reduction='mean'):
     """Share of samples whose highest logit is that of their label, in [0, 1]."""
     rows = label_known(label)
     return reduce((label_logits[rows].argmax(dim=1) == label[rows]).double(), reduction)
+
+
+# ---- tables
+
+
+class Task(NamedTuple):
+    field: str  # of models.Outputs, the prediction, and of dataloader_mtl.Sample, the target
+    loss: Callable  # (prediction, target) -> scalar
+    known: Callable  # target -> (N,) bool, which samples have the label
+    regression: bool = False  # for UncertaintyLoss
+
+
+class Metric(NamedTuple):
+    printed: str  # the original's name where it has one
+    task: str
+    function: Callable  # (prediction, target, reduction) -> scalar, or a value for each sample
+
+
+TASKS = {
+    'mask': Task('mask', MaskLoss(), mask_known),
+    'class': Task('label', ClassLoss(), label_known),
+    'box': Task('bbox', BoxLoss(), box_known, regression=True),
+}
+
+METRICS = {
+    'dice': Metric('Dice Score - Segmentation', 'mask', dice_score),
+    'mask_iou': Metric('IoU - Segmentation', 'mask', mask_iou),
+    'accuracy': Metric('Accuracy - Classification', 'class', accuracy),
+    'box_iou': Metric('IoU - Bounding Box Regression', 'box', iou_metric),
+}
+
+PRINTED = {name: metric.printed for name, metric in METRICS.items()}
+
+
+# ---- the losses of a batch and their means
+
+
+def task_losses(outputs, batch):
+    """{task: (loss, number of labelled samples)} for the network's tasks with labels in this batch."""
+    losses = {}
+    for name, task in TASKS.items():
+        prediction, target = getattr(outputs, task.field), getattr(batch, task.field)
+        count = int(task.known(target).sum())
+        if prediction is not None and count:
+            losses[name] = task.loss(prediction, target), count
+    return losses
+
+
+class MeanLosses:
+    """The mean of each task's loss over the samples that have its label, whatever the batch sizes."""
+
+    def __init__(self, sums=(), counts=()):
+        self.sums, self.counts = Counter(sums), Counter(counts)
+
+    def add(self, losses):
+        for task, (loss, count) in losses.items():
+            self.sums[task] += loss.item() * count
+            self.counts[task] += count
+
+    def totals(self):
+        """({task: sum}, {task: count}) over all ranks."""
+        parts = all_gather((self.sums, self.counts))
+        sums, counts = ({task: sum(part[i][task] for part in parts) for task in TASKS} for i in (0, 1))
+        return {task: float(total) for task, total in sums.items()}, counts
+
+    def result(self):
+        """{'loss_<task>': mean} over all ranks."""
+        sums, counts = self.totals()
+        return {f'loss_{task}': sums[task] / counts[task] for task in TASKS if counts[task]}

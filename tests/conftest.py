@@ -1,9 +1,11 @@
-"""What the tests share: the scripts on the path, and small prepared data that they may copy."""
+"""What the tests share: the scripts on the path, tiny networks, and small prepared data that tests may copy."""
 
 import os
+import resource
 import shutil
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,11 +16,36 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data_prepare
 import data_rechunk
+import models
+from support.cli import STOP_SIGNALS, run_script
+from support.hdf5 import SPLITS
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # faster for tiny networks
+
+
+def pytest_addoption(parser):
+    parser.addoption('--kills', type=int, default=30, help='of the slow test_kills.py')
+    parser.addoption('--files', type=int, default=200, help='damaged files of the slow test_fuzz.py')
+    parser.addoption('--seed', type=int, default=0, help='of both')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def tiny_networks():
+    """Networks of a few thousand parameters, so that a last.pt has kilobytes."""
+    original = models.CHANNELS
+    models.CHANNELS = (4, 4, 8, 8, 8)
+    yield
+    models.CHANNELS = original
+
+
+@pytest.fixture
+def full_networks(monkeypatch):
+    """The networks as they are."""
+    monkeypatch.setattr(models, 'CHANNELS', (32, 64, 128, 256, 256))
 
 
 @pytest.fixture(scope='session')
@@ -37,12 +64,13 @@ def data(shared_data, tmp_path):
 
 
 @pytest.fixture
-def coursework(tmp_path):
-    """Function that writes files of the coursework's kind: four of them, no breeds, any layout."""
-    def write(root=tmp_path / 'coursework', count=12, size=(64, 64), dtype='float32', **layout):
+def original_files(tmp_path):
+    """Function that writes files like the original's: four of them, no breeds, any layout."""
+
+    def write(root=tmp_path / 'original', count=12, size=(64, 64), dtype='float32', **layout):
         rng = np.random.default_rng(0)
         height, width = size
-        for split in data_rechunk.SPLITS:
+        for split in SPLITS:
             folder = root / split
             folder.mkdir(parents=True)
             corner = rng.uniform(0, 0.5, (count, 2))
@@ -57,16 +85,16 @@ def coursework(tmp_path):
                 with h5py.File(folder / f'{stem}.h5', 'w') as file:
                     file.create_dataset(stem, data=values.astype(dtype), **extra)
         return root
+
     return write
 
 
 @pytest.fixture
 def oxford(tmp_path):
-    """Function that writes photographs in the official layout; returns the root."""
-    from PIL import Image
+    """Function that writes images in the official layout; returns the root."""
 
     def write(count=40, size=(80, 60), masks=(), boxes=(), breeds=2):
-        """`masks` and `boxes`: the numbers of the photographs that have one."""
+        """`masks` and `boxes`: the numbers of the images that have one."""
         root, rng = tmp_path / 'oxford', np.random.default_rng(0)
         folder = root / 'oxford-iiit-pet'
         for part in ('images', 'annotations/trimaps', 'annotations/xmls'):
@@ -80,41 +108,86 @@ def oxford(tmp_path):
             Image.fromarray(pixels).save(folder / 'images' / f'{name}.jpg')
             if i in masks:
                 trimap = np.full(size[::-1], 2, np.uint8)
-                trimap[:, :size[0] // 2] = 1
-                trimap[:, size[0] // 2 - 4:size[0] // 2 + 4] = 3
+                trimap[:, : size[0] // 2] = 1
+                trimap[:, size[0] // 2 - 4 : size[0] // 2 + 4] = 3
                 Image.fromarray(trimap).save(folder / 'annotations' / 'trimaps' / f'{name}.png')
             if i in boxes:
                 write_xml(folder / 'annotations' / 'xmls' / f'{name}.xml', size, (8, 6, 40, 30))
         (folder / 'annotations' / 'list.txt').write_text('\n'.join(lines) + '\n')
         return root
+
     return write
 
 
 def write_xml(path, size, box):
-    corners = ''.join(f'<{key}>{value}</{key}>'
-                      for key, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), box))
-    path.write_text(f'<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>'
-                    f'<object><bndbox>{corners}</bndbox></object></annotation>')
+    corners = ''.join(f'<{key}>{value}</{key}>' for key, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), box))
+    path.write_text(
+        f'<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>'
+        f'<object><bndbox>{corners}</bndbox></object></annotation>'
+    )
+
+
+def run_in_child(main, arguments, log, before=lambda: None):
+    """The exit status of a script in a forked child, minus the signal if one ended it; `log` gets its output."""
+    child = os.fork()
+    if not child:
+        status = 99
+        try:
+            for stream in 1, 2:
+                os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+            before()
+            sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)
+            run_script(lambda: main([str(argument) for argument in arguments]))
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def assert_full_disk_leaves_files(main, arguments, folder, limit):
+    """With files limited to `limit` bytes: one line, and the HDF5 files in `folder` are as they were."""
+    before = {path: path.read_bytes() for path in folder.rglob('*.h5')}
+    read, write = os.pipe()  # a log in a file would be limited, too
+
+    def limit_files():
+        os.dup2(write, 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    status = run_in_child(main, arguments, os.devnull, limit_files)
+    os.close(write)
+    with open(read) as pipe:
+        lines = [line for line in pipe.read().splitlines() if line.strip()]
+    assert status == 1, (limit, status, lines)
+    assert lines[-1].startswith('error: ') and 'cannot be written and is left as it was (File too large)' in lines[-1]
+    assert len(lines) == 1, lines
+    assert before == {path: path.read_bytes() for path in folder.rglob('*.h5')} and not list(folder.rglob('*.part'))
 
 
 @pytest.fixture
-def fails(capsys):
+def error_line(capsys):
     """Function that runs `main(arguments)` as a script and returns its one line of error."""
+
     def run(main, *arguments):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            data_rechunk.run_script(lambda: main([str(argument) for argument in arguments]))
+            run_script(lambda: main([str(argument) for argument in arguments]))
         printed = capsys.readouterr().err
         line = printed.splitlines()[-1]
         assert stopped.value.code == 1 and line.startswith('error: ') and 'Traceback' not in printed
         return line
+
     return run
 
 
 @pytest.fixture(autouse=True)
-def signals_as_they_were():
-    """What a script does with signals ends with its test; and a test can be interrupted from the outside."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in data_rechunk.STOPPING}
+def restore_signals():
+    """A script's signal handlers end with its test, and pytest can be interrupted."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

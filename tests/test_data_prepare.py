@@ -2,19 +2,17 @@
 
 import os
 import struct
-import subprocess
-import sys
 import zlib
 
 import h5py
 import numpy as np
 import pytest
 from PIL import Image
-from conftest import write_xml
+from conftest import assert_full_disk_leaves_files, write_xml
 
-from data_prepare import Record, in_strata_order, limited, main, split_records, to_rgb
-
-SPLITS = ('train', 'val', 'test')
+from data_prepare import Record, in_strata_order, limited, main, split_records
+from support.files import to_rgb
+from support.hdf5 import SPLITS, read_text
 
 
 def read(root, split, stem):
@@ -73,7 +71,7 @@ def test_a_photograph_is_kept_with_the_labels_it_has(oxford, tmp_path, capsys):
             assert np.isnan(read(out, split, 'bboxes')[i]).all() == (number % 2 != 0)
             assert read(out, split, 'breeds')[i] == number % 2 == read(out, split, 'binary')[i]
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ['split', 'photographs', 'masks', 'boxes', 'cats', 'dogs', 'breeds']
+    assert table[0].split() == ['split', 'images', 'masks', 'boxes', 'cats', 'dogs', 'breeds']
     masks = sum(int(line.split()[2]) for line in table[1:4])
     assert masks == 10
 
@@ -88,7 +86,7 @@ def test_files_have_the_documented_types_and_class_names(oxford, tmp_path):
             assert list(file) == [stem]
             assert (file[stem].dtype, file[stem].shape) == (dtype, shape)
     with h5py.File(tmp_path / 'train' / 'breeds.h5') as file:
-        assert list(file['breeds'].attrs['class_names']) == ['breed0', 'breed1']
+        assert read_text(file['breeds'].attrs, 'class_names') == ['breed0', 'breed1']
 
 
 @pytest.mark.parametrize('border, value', [('pet', 1), ('background', 0), ('ignore', 255)])
@@ -154,7 +152,7 @@ def test_unreadable_files_are_named_counted_and_left_out(oxford, tmp_path, capsy
     for name in ('breed0_0.jpg', 'breed1_1.jpg', 'breed0_2.jpg', 'breed1_3.xml', 'breed0_4.xml',
                  'breed1_5.xml', 'breed1_7.xml', 'breed0_6.png'):
         assert sum(name in line for line in output.err.splitlines()) == 1
-    assert 'unreadable photographs left out: 3' in output.out
+    assert 'unreadable images left out: 3' in output.out
     assert 'unreadable annotations left out: 5' in output.out
     kept = [name for split in SPLITS for name in names(out, split)]
     assert len(kept) == 17 and 'breed0_6' in kept  # without its mask
@@ -175,26 +173,26 @@ def png_of_size(side):
     os.mkdir,
     lambda path: path.symlink_to('/dev/zero'),
 ], ids=['a bomb', 'EPS', 'a pipe', 'a folder', 'a device'])
-def test_what_is_no_photograph_is_left_out(oxford, tmp_path, capsys, spoil):
+def test_files_that_are_no_images_are_left_out(oxford, tmp_path, capsys, spoil):
     root = oxford(20)
     path = root / 'oxford-iiit-pet/images/breed0_0.jpg'
     path.unlink()
     spoil(path)
     main(['--root', str(root), '--out', str(tmp_path / 'out'), '--size', '64', '--split', '60-20-20'])
     output = capsys.readouterr()
-    assert 'unreadable photographs left out: 1' in output.out
+    assert 'unreadable images left out: 1' in output.out
     warning, = [line for line in output.err.splitlines() if 'breed0_0.jpg: ' in line]
     if path.is_file() and path.read_bytes().startswith(b'%!PS'):
         assert 'cannot identify image file' in warning  # Pillow knows EPS, and is not to try it
 
 
-def test_whatever_a_decoder_raises_is_a_damaged_photograph(oxford, tmp_path, capsys, monkeypatch):
+def test_any_error_of_a_decoder_is_a_damaged_image(oxford, tmp_path, capsys, monkeypatch):
     root, convert = oxford(20), Image.Image.convert
     monkeypatch.setattr(Image.Image, 'convert', lambda self, *a, **kw: {}[0] if '_3.jpg' in self.filename else
                         convert(self, *a, **kw))
-    monkeypatch.setattr('data_prepare.to_rgb', lambda image: image.convert('RGB'))
+    monkeypatch.setattr('support.files.to_rgb', lambda image: image.convert('RGB'))
     main(['--root', str(root), '--out', str(tmp_path / 'out'), '--size', '64', '--split', '60-20-20'])
-    assert 'unreadable photographs left out: 1' in capsys.readouterr().out
+    assert 'unreadable images left out: 1' in capsys.readouterr().out
 
 
 LAUGHS = ''.join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 12))
@@ -214,27 +212,28 @@ def test_an_annotation_that_makes_no_sense_is_left_out(oxford, tmp_path, capsys,
     assert 'unreadable annotations left out: 1' in capsys.readouterr().out
 
 
-def test_a_name_that_cannot_be_printed_or_is_too_long_is_refused(oxford, tmp_path, fails):
+def test_a_name_that_cannot_be_printed_or_is_too_long_is_refused(oxford, tmp_path, error_line):
     root = oxford(2)
     path = root / 'oxford-iiit-pet/annotations/list.txt'
     for name in 'a\x1b[2J', 'a\0b', 'x' * 300:
         path.write_text(f'{name} 1 1 1\n')
-        line = fails(main, '--root', root, '--out', tmp_path / 'out')
+        line = error_line(main, '--root', root, '--out', tmp_path / 'out')
         assert 'is not a plain file name' in line and line.isprintable()
 
 
-@pytest.mark.parametrize('limit', [0, 5000, 300_000])
-def test_a_full_disk_leaves_the_earlier_files(data, limit):
-    """HDF5 crashes when a write fails as it closes a file."""
-    before = {path: path.read_bytes() for path in data.rglob('*') if path.is_file()}
-    code = ('import resource, sys, data_rechunk, data_prepare\n'
-            f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n'
-            'data_rechunk.run_script(lambda: data_prepare.main(sys.argv[1:]))')
-    done = subprocess.run([sys.executable, '-c', code, '--limit', '90', '--size', '64', '--out', str(data)],
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ''
-    assert done.stderr == f'error: {data}/train/images.h5: cannot be written and is left as it was (File too large)\n'
-    assert before == {path: path.read_bytes() for path in data.rglob('*') if path.is_file()}
+@pytest.mark.parametrize('limit', [0, 100, 3000, 5000, 300_000, 500_000])
+def test_full_disk_leaves_the_earlier_files(data, limit):
+    assert_full_disk_leaves_files(main, ['--limit', '90', '--size', '64', '--out', data], data, limit)
+
+
+@pytest.mark.slow
+def test_failed_write_at_any_size_leaves_the_earlier_files(tmp_path):
+    """HDF5 crashes when a write fails while it closes a file with a chunk cache."""
+    options = ['--limit', '20', '--size', '64', '--split', '60-20-20', '--out', tmp_path]
+    main(list(map(str, options)))
+    size = max(path.stat().st_size for path in tmp_path.rglob('*.h5'))
+    for limit in range(0, size, 256):
+        assert_full_disk_leaves_files(main, options, tmp_path, limit)
 
 
 def test_preparing_again_writes_the_same_bytes(oxford, tmp_path):
@@ -261,10 +260,10 @@ def test_synthetic_pets_are_the_default_and_fully_labelled(shared_data):
         assert not np.isnan(read(shared_data, split, 'bboxes')).any()
 
 
-def test_files_made_elsewhere_are_not_replaced(coursework, fails):
-    root = coursework()
+def test_files_made_elsewhere_are_not_replaced(original_files, error_line):
+    root = original_files()
     before = {path: path.read_bytes() for path in root.rglob('*.h5')}
-    line = fails(main, '--limit', 40, '--size', 64, '--out', root)
+    line = error_line(main, '--limit', 40, '--size', 64, '--out', root)
     assert 'was not made by data_prepare.py, or is damaged, and is left alone' in line
     assert before == {path: path.read_bytes() for path in root.rglob('*.h5')}
 
@@ -274,14 +273,14 @@ def test_its_own_files_are_replaced(data):
     assert len(read(data, 'train', 'images')) == 24 and len(read(data, 'val', 'masks')) == 8
 
 
-def test_a_file_that_is_no_hdf5_is_not_replaced(data, fails):
+def test_a_file_that_is_no_hdf5_is_not_replaced(data, error_line):
     """Also at the end of a symbolic link, it may be anything."""
     thesis = data / 'thesis.txt'
     thesis.write_text('all my work')
     (data / 'val' / 'masks.h5').unlink()
     (data / 'val' / 'masks.h5').symlink_to(thesis)
     before = {path: path.read_bytes() for path in data.rglob('*.h5')}
-    assert 'val/masks.h5: was not made by' in fails(main, '--limit', 40, '--size', 64, '--out', data)
+    assert 'val/masks.h5: was not made by' in error_line(main, '--limit', 40, '--size', 64, '--out', data)
     assert before == {path: path.read_bytes() for path in data.rglob('*.h5')}
 
 
@@ -296,11 +295,11 @@ def test_options_that_make_no_sense_are_refused(option, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
-def test_nothing_is_written_when_a_split_stays_empty(oxford, tmp_path, fails):
+def test_nothing_is_written_when_a_split_stays_empty(oxford, tmp_path, error_line):
     root, out = oxford(2), tmp_path / 'out'
-    line = fails(main, '--root', root, '--out', out, '--size', 64)
+    line = error_line(main, '--root', root, '--out', out, '--size', 64)
     assert 'split is empty' in line
-    assert not [path for path in out.rglob('*') if path.is_file()]
+    assert not [path for path in out.rglob('*') if path.is_file() and path.name != '.lock']
 
 
 @pytest.mark.parametrize('text, message', [
@@ -311,14 +310,14 @@ def test_nothing_is_written_when_a_split_stays_empty(oxford, tmp_path, fails):
     ('breed0_0 1 1 1\nbreed0_0 1 1 1', 'listed twice'),
     ('breed0_0 1 1 1\nbreed1_1 1 1 1', "'breed0' and 'breed1'"),
 ])
-def test_a_wrong_line_in_the_list_is_named(oxford, tmp_path, fails, text, message):
+def test_a_wrong_line_in_the_list_is_named(oxford, tmp_path, error_line, text, message):
     root = oxford(2)
     path = root / 'oxford-iiit-pet/annotations/list.txt'
     path.write_text(text)
-    line = fails(main, '--root', root, '--out', tmp_path / 'out')
+    line = error_line(main, '--root', root, '--out', tmp_path / 'out')
     assert message in line and f'{path}, line ' in line
 
 
-def test_a_missing_dataset_is_named(tmp_path, fails):
-    line = fails(main, '--source', 'oxford', '--root', tmp_path)
+def test_a_missing_dataset_is_named(tmp_path, error_line):
+    line = error_line(main, '--source', 'oxford', '--root', tmp_path)
     assert 'list.txt' in line and '--download' in line

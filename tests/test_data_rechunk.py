@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,9 +10,12 @@ import time
 import h5py
 import numpy as np
 import pytest
+from conftest import assert_full_disk_leaves_files, run_in_child
 
 import data_rechunk
 from data_rechunk import main, rechunk_file
+from support.cli import STOP_SIGNALS, InputError
+from support.hdf5 import in_own_process, read_text
 
 
 def write(path, values, **layout):
@@ -48,34 +50,25 @@ def test_any_layout_and_type_becomes_one_uint8_sample_a_chunk(tmp_path, layout, 
 
 @pytest.mark.parametrize('chunks', [(64, 8, 8, 1), (64, 48, 40, 3), (50, 3, 40, 2), (64, 1, 1, 1)])
 @pytest.mark.parametrize('dtype', ['uint8', 'float32'])
-def test_chunks_that_span_more_images_than_memory_may_hold(tmp_path, monkeypatch, chunks, dtype):
-    monkeypatch.setattr(data_rechunk, 'SLAB_BYTES', 3 * 48 * 40 * 3)
+def test_chunks_that_span_more_images_than_a_slab(tmp_path, monkeypatch, chunks, dtype):
+    monkeypatch.setattr(data_rechunk, 'LARGEST_SLAB_BYTES', 3 * 48 * 40 * 3)
     values = images(64, dtype=dtype)
     path = write(tmp_path / 'images.h5', values, chunks=chunks)
     rechunk_file(path)
     np.testing.assert_array_equal(read(path), values)
-    assert os.listdir(tmp_path) == ['images.h5']
+    assert set(os.listdir(tmp_path)) <= {'images.h5', '.lock'}
 
 
-def test_every_source_chunk_is_read_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_rechunk, 'SLAB_BYTES', 10 * 48 * 40 * 3)
-    path = write(tmp_path / 'images.h5', images(32), chunks=(16, 16, 20, 1))
-    seen = np.zeros((2, 3, 2, 3), int)
-
-    class Spy:
-        """The dataset as `source_slabs` sees it, with a count for each chunk that is touched."""
-        def __init__(self, dataset):
-            self.dataset = dataset
-            self.shape, self.chunks, self.dtype = dataset.shape, dataset.chunks, dataset.dtype
-
-        def __getitem__(self, box):
-            seen[tuple(slice(s.start // c, -(-s.stop // c)) for s, c in zip(box, self.chunks))] += 1
-            return self.dataset[box]
-
+@pytest.mark.parametrize('chunks, step', [
+    (None, 4), ((1, 48, 40, 3), 4), ((3, 16, 16, 1), 3), ((4, 48, 40, 3), 4), ((9, 8, 8, 1), 9), ((20, 8, 8, 1), 12),
+    ((64, 48, 40, 3), 12),
+])
+def test_slabs_are_whole_chunks_where_those_fit(tmp_path, monkeypatch, chunks, step):
+    monkeypatch.setattr(data_rechunk, 'SLAB_BYTES', 4 * 48 * 40 * 3)
+    monkeypatch.setattr(data_rechunk, 'LARGEST_SLAB_BYTES', 12 * 48 * 40 * 3 + 1)
+    path = write(tmp_path / 'images.h5', images(64), chunks=chunks)
     with h5py.File(path) as file:
-        slabs = list(data_rechunk.source_slabs(Spy(file['images']), np.dtype('uint8'), tmp_path))
-    np.testing.assert_array_equal(np.concatenate(slabs), images(32))
-    assert (seen == 1).all()
+        assert data_rechunk.slab_starts(file['images']) == range(0, 64, step)
 
 
 @pytest.mark.parametrize('odd', [0.5, 256, -1, np.nan])
@@ -114,7 +107,7 @@ def test_attributes_and_other_datasets_go_along(tmp_path):
         file['notes'] = [1, 2, 3]
     rechunk_file(path)
     with h5py.File(path) as file:
-        assert list(file['chunked_breeds'].attrs['class_names']) == ['a', 'b']
+        assert read_text(file['chunked_breeds'].attrs, 'class_names') == ['a', 'b']
         assert file['notes'][()].tolist() == [1, 2, 3]
 
 
@@ -128,8 +121,8 @@ def test_a_file_of_the_originals_rechunking_loses_its_second_copy(tmp_path):
     np.testing.assert_array_equal(read(path), images(50))
 
 
-def test_a_second_run_changes_nothing_and_says_so(coursework, capsys):
-    root = coursework(chunks=True, compression='gzip')
+def test_a_second_run_changes_nothing_and_says_so(original_files, capsys):
+    root = original_files(chunks=True, compression='gzip')
     main(['--data', str(root)])
     first = {path: path.stat().st_mtime_ns for path in root.rglob('*.h5')}
     lines = capsys.readouterr().out.splitlines()
@@ -141,11 +134,11 @@ def test_a_second_run_changes_nothing_and_says_so(coursework, capsys):
     assert all(path.stat().st_mtime_ns > time for path, time in first.items())
 
 
-def test_what_cannot_be_read_back_does_not_replace_the_source(tmp_path, monkeypatch, fails):
+def test_what_cannot_be_read_back_does_not_replace_the_source(tmp_path, monkeypatch, error_line):
     path = write(tmp_path / 'images.h5', images())
     before = path.read_bytes()
     monkeypatch.setattr(data_rechunk, 'same_bytes', lambda *_: False)
-    with pytest.raises(data_rechunk.InputError, match='left as it was'):
+    with pytest.raises(InputError, match='left as it was'):
         rechunk_file(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['images.h5']
 
@@ -154,130 +147,39 @@ def test_what_cannot_be_read_back_does_not_replace_the_source(tmp_path, monkeypa
 own_process = pytest.mark.skipif(sys.platform != 'linux', reason='files have processes of their own on Linux alone')
 
 
-def in_a_process(code, *arguments, timeout=None):
-    """The finished process of a script that has data_rechunk and the arguments."""
-    return subprocess.run([sys.executable, '-c', f'import sys, resource, signal, data_rechunk\n{code}', *map(str, arguments)],
-                          capture_output=True, text=True, timeout=timeout)
+@pytest.mark.parametrize('limit', [0, 100, 2000, 100_000, 140_000])
+def test_full_disk_leaves_the_source(original_files, limit):
+    root = original_files(chunks=True, compression='gzip')
+    assert_full_disk_leaves_files(main, ['--data', root], root, limit)
 
 
-@pytest.mark.parametrize('limit', [0, 2000, 100_000])
-def test_a_full_disk_leaves_the_source(coursework, limit):
-    """HDF5 crashes when a write fails as it closes a file."""
-    root = coursework(chunks=True, compression='gzip')
-    before = {path: path.read_bytes() for path in root.rglob('*')if path.is_file()}
-    done = in_a_process(f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n'
-                        'data_rechunk.run_script(lambda: data_rechunk.main(["--data", sys.argv[1]]))', root)
-    assert (done.returncode, done.stdout) == (1, '')
-    assert done.stderr == f'error: {root}/train/images.h5: cannot be written and is left as it was (File too large)\n'
-    assert before == {path: path.read_bytes() for path in root.rglob('*') if path.is_file()}
+@pytest.mark.slow
+def test_failed_write_at_any_size_leaves_the_source(original_files):
+    """HDF5 crashes when a write fails while it closes a file with a chunk cache."""
+    root = original_files(count=6)
+    for path in root.glob('[vt][ae][ls]*/*.h5'):
+        path.unlink()
+    for limit in range(0, 6 * 64 * 64 * 3, 256):
+        assert_full_disk_leaves_files(main, ['--data', root], root, limit)
 
 
-def test_of_several_files_all_are_replaced_or_none(tmp_path, monkeypatch):
-    paths = [tmp_path / name for name in 'abc']
-    for path in paths:
-        path.write_text('old')
-    synced, fsync = [], os.fsync
-
-    def full(descriptor):
-        synced.append(descriptor)
-        if len(synced) == 3:
-            raise OSError(28, 'No space left on device')
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(data_rechunk.InputError, match='c: cannot be written and is left as it was'):
-        with data_rechunk.replacing(*paths) as parts:
-            for part in parts:
-                part.write_text('new')
-    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ['old'] * 3
-    with data_rechunk.replacing(*paths) as parts:
-        for part in parts:
-            part.write_text('new')
-    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ['new'] * 3
-
-
-def test_a_folder_has_one_writer_at_a_time_and_the_next_clears_up(tmp_path):
-    stale, other = tmp_path / 'images.h5.4711.part', tmp_path / 'novel.part'
-    stale.touch(), other.touch()
-    with data_rechunk.alone_in(tmp_path):
-        assert not stale.exists() and other.exists()
-        stale.touch()
-        done = in_a_process('data_rechunk.run_script(lambda: data_rechunk.alone_in(sys.argv[1]).__enter__())', tmp_path)
-        assert done.returncode == 1 and 'another process is writing to this folder' in done.stderr
-        assert stale.exists()
-    assert in_a_process('data_rechunk.alone_in(sys.argv[1]).__enter__()', tmp_path).returncode == 0
-
-
-def test_a_child_does_not_hold_the_lock_of_a_parent_that_is_gone(tmp_path):
-    """As a loading process, which lives for seconds after a training that was killed."""
-    done = in_a_process("""
-import os
-with data_rechunk.alone_in(sys.argv[1]):
-    ready, go = os.pipe(), os.pipe()
-    if not os.fork():
-        data_rechunk.leave_locks()
-        os.write(ready[1], b'x')
-        os.close(go[1])
-        os.read(go[0], 1)  # until the parent is gone and this script's reader has seen it
-        os._exit(0)
-    os.read(ready[0], 1)
-    os.dup2(go[1], 9)
-    os.execv(sys.executable, [sys.executable, '-c',
-        'import sys, data_rechunk; data_rechunk.alone_in(sys.argv[1]).__enter__()', sys.argv[1]])
-""", tmp_path)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_ends_a_script_with_nothing_left_behind(tmp_path, number, status):
+@pytest.mark.parametrize('number', STOP_SIGNALS)
+def test_a_signal_ends_rechunking_with_nothing_left_behind(tmp_path, monkeypatch, number):
     path = write(tmp_path / 'images.h5', images())
     before = path.read_bytes()
-    done = in_a_process(f"""
-def interrupted(*_):
-    signal.raise_signal({int(number)})
-    return True
-data_rechunk.same_bytes = interrupted
-signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may have been started with it ignored
-data_rechunk.run_script(lambda: data_rechunk.rechunk_file(sys.argv[1]))""", path)
-    assert (done.returncode, done.stderr) == (status, 'interrupted\n')
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ['images.h5']
 
+    def stop(*_):  # in the process of the file, as in a loop of HDF5
+        os.kill(os.getppid(), number)
+        signal.pause()
 
-def test_a_signal_while_hdf5_writes_waits_until_it_has(tmp_path):
-    """An exception that is raised within HDF5 is lost, or crashes it as it closes the file."""
-    path = write(tmp_path / 'images.h5', images())
-    done = in_a_process("""
-original = data_rechunk.ToughFile._write_all
-def write_all(*args):
-    signal.raise_signal(signal.SIGTERM)
-    original(*args)
-data_rechunk.ToughFile._write_all = write_all
-data_rechunk.run_script(lambda: data_rechunk.rechunk_file(sys.argv[1]))""", path)
-    assert (done.returncode, done.stderr) == (143, 'interrupted\n')
-    assert os.listdir(tmp_path) == ['images.h5']
-
-
-def test_a_full_disk_is_not_taken_for_a_damaged_source(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_rechunk, 'SLAB_BYTES', 3 * 48 * 40 * 3)
-    path = write(tmp_path / 'images.h5', images(64), chunks=(64, 8, 8, 1))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(data_rechunk.InputError, match='no room for 368640 bytes of scratch .File too large'):
-            rechunk_file(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nohup and shells do so for what runs in the background
-    data_rechunk.handle_signals(data_rechunk.interrupt)
-    signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(data_rechunk, 'same_bytes', stop)
+    log = tmp_path.parent / 'log.txt'
+    assert run_in_child(lambda _: rechunk_file(path), [], log) == 128 + number
+    assert path.read_bytes() == before and set(os.listdir(tmp_path)) == {'images.h5', '.lock'}
 
 
 def crash(path, number):
     faulthandler.disable()  # pytest's would print where
-    path.with_name(f'{path.name}.{os.getpid()}.part').touch()  # it was at its work
     os.kill(os.getpid(), number)
 
 
@@ -288,81 +190,50 @@ def greedy(path):
 @own_process
 @pytest.mark.parametrize('function, arguments, message', [
     (crash, (signal.SIGSEGV,), 'reading it ended with -11'),
-    (crash, (signal.SIGPROF,), 'reading it took too long'),
+    (crash, (signal.SIGXCPU,), 'reading it took too long'),
     (greedy, (), 'reading it ended with 1'),
 ], ids=['crash', 'hang', 'memory'])
-def test_what_crashes_hangs_or_eats_memory_does_so_in_a_process_of_its_own(tmp_path, function, arguments, message):
+def test_a_crash_a_hang_and_too_much_memory_are_one_line(tmp_path, function, arguments, message):
     path = write(tmp_path / 'images.h5', images())
-    with pytest.raises(data_rechunk.InputError, match=message):
-        data_rechunk.in_own_process(60, lambda path: function(path, *arguments), path)
-    assert os.listdir(tmp_path) == ['images.h5']
-    assert data_rechunk.in_own_process(60, rechunk_file, path) == [20]
+    with pytest.raises(InputError, match=message):
+        in_own_process(60, function, path, *arguments)
+    assert set(os.listdir(tmp_path)) <= {'images.h5', '.lock'}
+    assert rechunk_file(path) == 20
 
 
 def test_what_the_parent_has_in_memory_is_not_taken_from_the_process_of_a_file(tmp_path):
     path = write(tmp_path / 'images.h5', images())
     mapped = np.empty(5 << 30, np.uint8)  # which costs nothing as long as nobody writes to it
-    assert data_rechunk.in_own_process(60, rechunk_file, path) == [20] and len(mapped)
+    assert rechunk_file(path) == 20 and len(mapped)
 
 
 @own_process
 def test_the_process_of_a_file_ends_with_its_parent(tmp_path):
-    """Killed, which it cannot tell anyone, a script must not leave a process that writes."""
-    done = in_a_process("""
-import os
-def child(path):
-    os.write(4, b'x')
-    signal.pause()
-os.dup2(1, 4)
-read, write = os.pipe()
-os.dup2(write, 4)
-os.close(write)
-if not os.fork():
-    data_rechunk.in_own_process(60, child, sys.argv[1])
-os.read(read, 1)
-pid = int(open(f'/proc/self/task/{os.getpid()}/children').read().split()[0])
-os.kill(pid, signal.SIGKILL)
-os.waitpid(pid, 0)
-os.close(4)
-assert os.read(read, 1) == b''  # when all who could write are gone
-""", tmp_path)
-    assert done.returncode == 0, done.stderr
+    path = write(tmp_path / 'images.h5', images())
+    read_end, write_end = os.pipe()
 
+    def child(path):
+        os.write(write_end, str(os.getpid()).encode().ljust(10))
+        signal.pause()
 
-@own_process
-@pytest.mark.parametrize('lines', ["""
-def child(path):  # as in a loop of HDF5, where Python handles no signal
-    for number in data_rechunk.STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-    os.kill(os.getppid(), signal.SIGTERM)
-    signal.pause()
-""", """
-def child(path):  # more than a pipe holds
-    return bytes(1 << 20)
-@contextlib.contextmanager
-def blocked(original=data_rechunk.signals_blocked):
-    with original():
-        yield
-        os.kill(os.getpid(), signal.SIGTERM)
-data_rechunk.signals_blocked = blocked
-"""], ids=['while it loops', 'while it starts'])
-def test_a_signal_ends_the_process_of_a_file(tmp_path, lines):
-    done = in_a_process(f"""
-import contextlib, os
-{lines}
-data_rechunk.run_script(lambda: data_rechunk.in_own_process(60, child, sys.argv[1]))
-""", tmp_path, timeout=100)
-    assert done.returncode == 143 and done.stderr == 'interrupted\n', done.stderr
+    parent = os.fork()
+    if not parent:
+        in_own_process(60, child, path)
+    assert int(os.read(read_end, 10)) != parent
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    os.close(write_end)
+    assert os.read(read_end, 1) == b''  # when all that could write are gone
 
 
 @pytest.mark.parametrize('mark, count', [(b'SNOD', 1), (b'HEAP', 1), (b'TREE', 1), (b'\x89HDF', 1)])
-def test_damage_to_the_structure_is_one_line_whatever_hdf5_raises(coursework, fails, mark, count):
-    root = coursework()
+def test_damage_to_the_structure_is_one_line_whatever_hdf5_raises(original_files, error_line, mark, count):
+    root = original_files()
     path = root / 'train' / 'images.h5'
     content = path.read_bytes()
     assert mark in content
     path.write_bytes(content.replace(mark, b'????', count))
-    assert f'{path}: not a sound HDF5 file' in fails(main, '--data', root)
+    assert f'{path}: not a sound HDF5 file' in error_line(main, '--data', root)
 
 
 def external(file):
@@ -405,14 +276,14 @@ def unknown_filter(file):
     (external, "no dataset 'chunked_images'"), (soft, "no dataset 'chunked_images'"),
     (raw, 'takes its values from other files'), (virtual, 'takes its values from other files'),
     (many, 'should hold 1000000000 samples and only 192 bytes are stored'),
-    (large, 'images have 4096 x 4096 pixels at most'), (unknown_filter, 'needs the HDF5 filter 32100'),
+    (large, 'the largest image is 4096 x 4096 pixels'), (unknown_filter, 'needs the HDF5 filter 32100'),
 ])
 def test_values_that_are_elsewhere_or_nowhere_are_refused(tmp_path, store, message):
     write(tmp_path / 'other.h5', images())
     path = tmp_path / 'images.h5'
     with h5py.File(path, 'w') as file:
         store(file)
-    with pytest.raises(data_rechunk.InputError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         rechunk_file(path)
     assert str(path) in str(error.value)
 
@@ -429,22 +300,33 @@ def test_links_beside_the_data_go_along_unread(tmp_path):
 
 def test_a_file_that_another_program_writes_to_is_refused(tmp_path):
     path = write(tmp_path / 'images.h5', images())
-    with h5py.File(path, 'r+'):
-        done = in_a_process('data_rechunk.run_script(lambda: data_rechunk.rechunk_file(sys.argv[1]))', path)
-    assert done.returncode == 1 and 'another program has it open for writing; close it there' in done.stderr
+    log = tmp_path / 'log.txt'
+    read_end, write_end = os.pipe()
+    writer = os.fork()  # HDF5 does not lock out its own process
+    if not writer:
+        with h5py.File(path, 'r+'):
+            os.write(write_end, b'x')
+            signal.pause()
+    os.read(read_end, 1)
+    try:
+        assert run_in_child(lambda _: rechunk_file(path), [], log) == 1
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+    assert 'another program has it open for writing; close it there' in log.read_text()
 
 
 def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
     path, original = write(tmp_path / 'images.h5', images()), h5py.File
 
     def no_locks(*args, locking=None, **kw):
-        if kw.get('mode', args[1] if len(args) > 1 else 'r') == 'r' and locking is not False:
+        if not isinstance(args[0], str | os.PathLike) or args[1:] == ('r',) and locking is not False:
             raise OSError("Unable to synchronously open file (unable to lock file, errno = 37, error message = "
                           "'No locks available')")
         return original(*args, **kw)
 
     monkeypatch.setattr(h5py, 'File', no_locks)
-    monkeypatch.setattr(data_rechunk.fcntl, 'flock', lambda *_: (_ for _ in ()).throw(OSError(37, 'No locks available')))
+    monkeypatch.setattr('support.files.fcntl.lockf', no_locks)
     assert rechunk_file(path) == 20
 
 
@@ -457,13 +339,6 @@ def test_a_file_that_a_reader_has_open_can_be_rechunked(tmp_path, locking):
         assert done.returncode == 0, done.stderr
         np.testing.assert_array_equal(reader['images'][()], images())
     np.testing.assert_array_equal(read(path), images())
-
-
-def test_names_that_are_no_text_can_be_printed():
-    done = in_a_process("data_rechunk.run_script(lambda: print(b'caf\\xe9\\x1b.jpg'.decode(errors='surrogateescape')))")
-    assert done.returncode == 0 and 'udce9' in done.stdout
-    error = in_a_process("def main():\n raise data_rechunk.InputError('a\\x1b[2J\\nb')\ndata_rechunk.run_script(main)").stderr
-    assert error == 'error: a?[2J b\n'
 
 
 @pytest.mark.parametrize('count', [3, 8, 29])
@@ -518,9 +393,10 @@ def test_killed_at_any_moment_the_source_is_whole_and_the_next_run_finishes(tmp_
             np.testing.assert_array_equal(file['images'][()], values)
         rechunk_file(path)
         np.testing.assert_array_equal(read(path), values)
-        assert os.listdir(tmp_path) == ['images.h5']
+        assert set(os.listdir(tmp_path)) <= {'images.h5', '.lock'}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_memory_is_bounded_whatever_the_number_of_samples(tmp_path):
     def peak(code):
@@ -535,8 +411,10 @@ def test_memory_is_bounded_whatever_the_number_of_samples(tmp_path):
                                       compression='gzip', compression_opts=1)
         for start in range(0, 800, 100):
             dataset[start:start + 100] = np.full((100, 256, 256, 3), 7, 'float32')
-    used = peak(f'import data_rechunk; data_rechunk.rechunk_file({str(path)!r})')
-    assert 20 < used - peak('pass') < 300
+    # Of the process that reads the file: on Linux, a child.
+    used = peak(f'import data_rechunk; data_rechunk.in_own_process = lambda s, f, *a: f(*a); '
+                f'data_rechunk.rechunk_file({str(path)!r})')
+    assert 20 < used - peak('pass') < 400
 
 
 def test_importing_costs_no_torch():
@@ -551,36 +429,36 @@ def test_importing_costs_no_torch():
     (np.zeros((0, 8, 8, 3)), 'holds no samples'),
     (np.full((5, 8, 8, 3), b'x'), 'expected numbers'),
 ])
-def test_a_wrong_shape_or_type_is_named(coursework, fails, values, message):
-    root = coursework()
+def test_a_wrong_shape_or_type_is_named(original_files, error_line, values, message):
+    root = original_files()
     path = root / 'train' / 'images.h5'
     write(path, values)
-    line = fails(main, '--data', root)
+    line = error_line(main, '--data', root)
     assert message in line and str(path) in line
 
 
-def test_a_missing_file_is_named(coursework, fails):
-    root = coursework()
+def test_a_missing_file_is_named(original_files, error_line):
+    root = original_files()
     (root / 'val' / 'masks.h5').unlink()
-    assert 'val/masks.h5: no such file' in fails(main, '--data', root)
+    assert 'val/masks.h5: no such file' in error_line(main, '--data', root)
 
 
-def test_a_missing_folder_is_named(tmp_path, fails):
-    assert 'no folder train, val or test' in fails(main, '--data', tmp_path)
+def test_a_missing_folder_is_named(tmp_path, error_line):
+    assert 'no folder train, val or test' in error_line(main, '--data', tmp_path)
 
 
 @pytest.mark.parametrize('keep', [0.0, 0.01, 0.5, 0.99])
-def test_a_truncated_file_is_named_and_kept(coursework, fails, keep):
-    path = coursework() / 'train' / 'images.h5'
+def test_a_truncated_file_is_named_and_kept(original_files, error_line, keep):
+    path = original_files() / 'train' / 'images.h5'
     content = path.read_bytes()[:int(path.stat().st_size * keep)]
     path.write_bytes(content)
-    line = fails(main, '--data', path.parent.parent)
+    line = error_line(main, '--data', path.parent.parent)
     assert str(path) in line
     assert path.read_bytes() == content
 
 
-def test_a_file_without_its_dataset_is_named(coursework, fails):
-    path = coursework() / 'train' / 'images.h5'
+def test_a_file_without_its_dataset_is_named(original_files, error_line):
+    path = original_files() / 'train' / 'images.h5'
     with h5py.File(path, 'w') as file:
         file['pictures'] = images()
-    assert "no dataset 'chunked_images'; it holds ['pictures']" in fails(main, '--data', path.parent.parent)
+    assert "no dataset 'chunked_images'; it holds ['pictures']" in error_line(main, '--data', path.parent.parent)

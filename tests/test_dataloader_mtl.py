@@ -1,23 +1,30 @@
 """MTLDataset: what a sample is, in every process, and what is refused at the door."""
 
 import multiprocessing
-import os
 import pickle
-import signal
-import sys
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data_rechunk
-import dataloader_mtl
-from data_rechunk import InputError
-from dataloader_mtl import MEAN, STD, MTLDataset, collate, colour_jitter, normalise, training_transform
+from dataloader_mtl import (
+    MEAN,
+    STD,
+    MTLDataset,
+    colour_jitter,
+    epoch_positions,
+    normalise,
+    split_batches,
+    training_size,
+    training_transform,
+)
+from support.cli import InputError
+from support.hdf5 import SPLITS, read_text
 
 
 def table(root, split, stem):
@@ -68,12 +75,12 @@ def test_what_is_not_known_is_nan_and_minus_one(data):
     assert dataset.with_labels(['mask', 'box']) == list(range(1, 36))
 
 
-def test_the_label_is_the_breed_where_there_is_one_and_the_species_elsewhere(data, coursework):
+def test_the_label_is_the_breed_where_there_is_one_and_the_species_elsewhere(data, original_files):
     assert len(MTLDataset('train', root=data).class_names) == 8
     species = MTLDataset('train', root=data, label='species')
     assert species.class_names == ['cat', 'dog']
     assert [int(species[i][2]) for i in range(36)] == table(data, 'train', 'binary')[:, 0].tolist()
-    root = coursework()
+    root = original_files()
     data_rechunk.rechunk(root)
     assert MTLDataset('train', root=root).class_names == ['cat', 'dog']
     with pytest.raises(InputError, match='breeds.h5: no such file'):
@@ -81,13 +88,13 @@ def test_the_label_is_the_breed_where_there_is_one_and_the_species_elsewhere(dat
 
 
 @pytest.mark.parametrize('layout', [{}, {'chunks': True, 'compression': 'gzip'}])
-def test_the_stored_type_changes_no_sample(coursework, tmp_path, layout):
+def test_the_stored_type_changes_no_sample(original_files, tmp_path, layout):
     samples = []
     for dtype in 'uint8', 'float32', 'float64':
-        root = coursework(tmp_path / dtype, dtype=dtype, **layout)
+        root = original_files(tmp_path / dtype, dtype=dtype, **layout)
         if dtype == 'uint8':  # whole pixels, as a uint8 file holds them
-            whole = {split: table(root, split, 'bboxes') for split in data_rechunk.SPLITS}
-        for split in data_rechunk.SPLITS:
+            whole = {split: table(root, split, 'bboxes') for split in SPLITS}
+        for split in SPLITS:
             with h5py.File(root / split / 'bboxes.h5', 'a') as file:
                 file['bboxes'][...] = whole[split]
         data_rechunk.rechunk(root)
@@ -99,8 +106,8 @@ def test_the_stored_type_changes_no_sample(coursework, tmp_path, layout):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'float64', '>f4', 'float16'])
-def test_images_that_stay_float_are_scaled_as_0_to_255(coursework, dtype):
-    root = coursework(dtype='float32')
+def test_images_that_stay_float_are_scaled_as_0_to_255(original_files, dtype):
+    root = original_files(dtype='float32')
     images = table(root, 'train', 'images')
     images[0, 0, 0, 0] = 99.5
     change(root, 'images', images.astype(dtype))
@@ -112,8 +119,8 @@ def test_images_that_stay_float_are_scaled_as_0_to_255(coursework, dtype):
     assert transformed.std() > 0.5  # not cut off at 1
 
 
-def test_oblong_boxes_are_relative_to_their_own_side(coursework):
-    root = coursework(size=(64, 96))
+def test_oblong_boxes_are_relative_to_their_own_side(original_files):
+    root = original_files(size=(64, 96))
     data_rechunk.rechunk(root)
     bbox = MTLDataset('train', root=root)[2][1]
     np.testing.assert_allclose(bbox, table(root, 'train', 'bboxes')[2] / (96, 64, 96, 64), rtol=1e-6)
@@ -167,12 +174,12 @@ def test_files_may_be_rechunked_and_not_replaced_by_others_while_they_are_in_use
     data_rechunk.rechunk_file(data / 'train' / 'images.h5', force=True)
     assert all(torch.equal(a, b) for a, b in zip(first, pickle.loads(pickle.dumps(dataset))[0]))
     change(data, 'images', 255 - table(data, 'train', 'images'), preparation='of other photographs')
-    with pytest.raises(InputError, match='images.h5: was replaced by other data while it was in use'):
+    with pytest.raises(InputError, match='images.h5: was replaced by other data while in use'):
         pickle.loads(pickle.dumps(dataset))[0]
 
 
-def test_files_without_a_preparation_may_not_be_replaced_at_all_while_they_are_in_use(coursework):
-    root = coursework()
+def test_files_without_a_preparation_may_not_be_replaced_at_all_while_they_are_in_use(original_files):
+    root = original_files()
     data_rechunk.rechunk(root)
     dataset = MTLDataset('train', root=root)
     data_rechunk.rechunk_file(root / 'train' / 'images.h5', force=True)
@@ -181,23 +188,23 @@ def test_files_without_a_preparation_may_not_be_replaced_at_all_while_they_are_i
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_a_pixel_that_is_no_number_is_named(coursework, value):
-    root = coursework()
+def test_a_pixel_that_is_no_number_is_named(original_files, value):
+    root = original_files()
     images = table(root, 'train', 'images')
     images[5, 1, 2, 0] = value
     change(root, 'images', images)
     data_rechunk.rechunk(root)
     dataset = MTLDataset('train', root=root)
     dataset[4]
-    with pytest.raises(InputError, match='train/images.h5: sample 5 holds values that are no numbers'):
+    with pytest.raises(InputError, match='train/images.h5: sample 5 holds NaN or infinity'):
         dataset[5]
 
 
-def test_images_beyond_a_byte_are_refused(coursework):
-    root = coursework(dtype='int32')
+def test_images_beyond_a_byte_are_refused(original_files):
+    root = original_files(dtype='int32')
     change(root, 'images', table(root, 'train', 'images') * 7)
     data_rechunk.rechunk(root)
-    with pytest.raises(InputError, match="'chunked_images' is int32, so some value is not from 0 to 255"):
+    with pytest.raises(InputError, match="images.h5: int32, so some value is not from 0 to 255"):
         MTLDataset('train', root=root)
 
 
@@ -278,9 +285,12 @@ def test_samples_read_together_are_those_read_alone(data):
     (data / 'train' / 'breeds.h5').unlink()
     dataset = MTLDataset('train', root=data)
     indices = [5, 2, 30, 4, 0]
-    batches = [dataset.__getitems__(indices), next(iter(DataLoader(dataset, batch_sampler=[indices]))),
-               next(iter(DataLoader(dataset, batch_sampler=[indices], collate_fn=collate)))]
-    batches[0] = batches[0].batch
+    batches = [
+        dataset[indices],
+        next(iter(DataLoader(dataset, batch_sampler=[indices]))),
+        next(iter(DataLoader(dataset, batch_size=None, sampler=[indices]))),
+        Subset(dataset, [0, 4, 30, 2, 5])[[4, 3, 2, 1, 0]],
+    ]
     for batch in batches:
         for position, index in enumerate(indices):
             for one, two in zip(dataset[index], batch):
@@ -335,18 +345,6 @@ def test_augmentation_is_seeded(shared_data):
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='files have processes of their own on Linux alone')
-def test_a_file_that_crashes_hdf5_is_named(shared_data, monkeypatch):
-    """It is opened in another process first."""
-    def identity(dataset):
-        if 'masks' in dataset.name:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(dataloader_mtl, 'identity', identity)
-    with pytest.raises(InputError, match='train/masks.h5: reading it ended with -9, as damage can cause'):
-        MTLDataset('train', root=shared_data)
-
-
 @pytest.mark.parametrize('name', ['', 'a\x1b[2J', 'a' * 101, b'caf\xe9'])
 def test_breeds_whose_names_cannot_be_printed_are_refused(data, name):
     with h5py.File(data / 'train' / 'breeds.h5', 'r+') as file:
@@ -357,19 +355,8 @@ def test_breeds_whose_names_cannot_be_printed_are_refused(data, name):
     assert MTLDataset('train', root=data, label='species').class_names == ['cat', 'dog']
 
 
-@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='no fork here')
-def test_a_dataset_can_be_made_in_a_daemonic_process(shared_data):
-    context = multiprocessing.get_context('fork')
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(len(MTLDataset('val', root=shared_data))), daemon=True)
-    process.start()
-    sender.close()
-    assert receiver.recv() == len(MTLDataset('val', root=shared_data))
-    process.join()
-
-
-def test_missing_chunks_say_to_rechunk(coursework):
-    root = coursework()
+def test_missing_chunks_say_to_rechunk(original_files):
+    root = original_files()
     with pytest.raises(InputError, match="no 'chunked_images'; run python data_rechunk.py --data"):
         MTLDataset('train', root=root)
 
@@ -403,8 +390,8 @@ def test_files_of_two_preparations_are_refused(data):
     ('bboxes', [0, 0, np.inf, 60], 'bboxes.h5: sample 4 has the box'),
     ('bboxes', [0, 0, 70, 60], 'expected xmin < xmax and ymin < ymax within an image of 64 x 64'),
 ])
-def test_values_out_of_range_are_refused(coursework, stem, row, message):
-    root = coursework(dtype='float32')
+def test_values_out_of_range_are_refused(original_files, stem, row, message):
+    root = original_files(dtype='float32')
     values = table(root, 'train', stem)
     values[4] = row
     change(root, stem, values)
@@ -437,9 +424,62 @@ def test_masks_of_0_and_255_are_refused(data):
         MTLDataset('train', root=data)
 
 
-def test_images_scaled_to_one_are_refused(coursework):
-    root = coursework(dtype='float32')
+def test_images_scaled_to_one_are_refused(original_files):
+    root = original_files(dtype='float32')
     change(root, 'images', table(root, 'train', 'images') / 255)
     data_rechunk.rechunk(root)
     with pytest.raises(InputError, match='expected as 0 to 255'):
         MTLDataset('train', root=root)
+
+
+def test_images_without_a_label_for_the_network_are_not_used(data, tmp_path):
+    dataset = MTLDataset('train', root=data)
+    dataset.labelled['mask'][:30] = False
+    assert len(dataset.with_labels(['mask'])) == 6
+    assert len(dataset.with_labels(['mask', 'class', 'box'])) == 36
+
+
+def test_size_grows_to_the_images_own():
+    sizes = [training_size(epoch, 20, (256, 192)) for epoch in range(1, 21)]
+    assert sizes == [(128, 96)] * 13 + [(192, 144)] * 6 + [(256, 192)]
+    assert training_size(1, 10, (64, 80)) == (64, 64)
+    assert training_size(1, 1, (256, 256)) == (128, 128)
+
+
+@pytest.mark.parametrize('masks, times', [(36, 1), (12, 1), (11, 3), (1, 3), (0, 1)])
+def test_masked_images_are_oversampled_if_masks_are_rare(shared_data, masks, times):
+    dataset = MTLDataset('train', root=shared_data)
+    dataset.labelled['mask'][masks:] = False
+    part = Subset(dataset, range(35, -1, -1))
+    positions = epoch_positions(part)
+    counts = torch.bincount(torch.tensor(part.indices)[positions], minlength=36)
+    assert counts.tolist() == [times] * masks + [1] * (36 - masks)
+
+
+@pytest.mark.parametrize('size', [1, 2, 3])
+@pytest.mark.parametrize('count, batch_size', [(36, 16), (37, 5), (16, 16), (7, 4)])
+def test_ranks_share_each_batch_and_give_each_sample_once(monkeypatch, size, count, batch_size):
+    order, shares = torch.randperm(count), []
+    for rank in range(size):
+        monkeypatch.setenv('RANK', str(rank))
+        monkeypatch.setenv('WORLD_SIZE', str(size))
+        shares.append(split_batches(order, batch_size))
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(count))
+    assert len({len(share) for share in shares}) == 1
+    totals = [sum(map(len, batches)) for batches in zip(*shares)]
+    assert max(totals) <= batch_size and max(totals) - min(totals) <= 1
+
+
+@pytest.mark.parametrize('text', ['a', ['a', 'b'], 'caf\xe9'])
+def test_text_of_fixed_and_of_variable_length_is_read(tmp_path, text):
+    """Files written before have variable-length text; it is copied as fixed-length bytes."""
+    path = tmp_path / 'binary.h5'
+    with h5py.File(path, 'w') as file:
+        file['binary'] = np.zeros((3, 1), 'uint8')
+        file['binary'].attrs.create('text', text, dtype=h5py.string_dtype())
+        assert read_text(file['binary'].attrs, 'text') == text
+        assert read_text(file['binary'].attrs, 'nothing') is None
+    data_rechunk.rechunk_file(path)
+    with h5py.File(path) as file:
+        assert file['binary'].attrs.get_id('text').dtype.kind == 'S'
+        assert read_text(file['binary'].attrs, 'text') == text

@@ -68,7 +68,7 @@ def imperfect(index, image, bbox, label, mask):
 def test_a_perfect_prediction_scores_exactly_one(shared_data, batch_size):
     dataset = MTLDataset('test', root=shared_data)
     figures = engine.evaluate(Oracle(dataset, perfect), dataset, torch.device('cpu'), batch_size)
-    assert {name: figures[name] for name in engine.METRICS} == dict.fromkeys(engine.METRICS, 1)
+    assert {name: figures[name] for name in METRICS} == dict.fromkeys(METRICS, 1)
 
 
 def test_figures_do_not_depend_on_the_batch_size(data):
@@ -81,7 +81,7 @@ def test_figures_do_not_depend_on_the_batch_size(data):
              for size in (1, 7, 32)]
     assert 0 < found[0]['dice'] < 1 and 0 < found[0]['box_iou'] < 1
     for other in found[1:]:
-        assert {k: other[k] for k in engine.METRICS} == {k: found[0][k] for k in engine.METRICS}
+        assert {k: other[k] for k in METRICS} == {k: found[0][k] for k in METRICS}
         assert other == pytest.approx(found[0], rel=1e-6)
 
 
@@ -101,7 +101,7 @@ def test_a_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [row['epoch'] for row in rows] == ['1', '2'] and float(rows[1]['val_dice']) > 0
     assert json.loads((tmp_path / 'run' / 'metrics.json').read_text()) == metrics
-    assert metrics['data']['test'] == {'photographs': 12, 'class': 12, 'mask': 12, 'box': 12}
+    assert metrics['data']['test'] == {'images': 12, 'class': 12, 'mask': 12, 'box': 12}
     assert metrics['config']['seed'] == 0 and 'torch' in metrics['versions']
     assert Image.open(tmp_path / 'run' / 'curves.png').size[0] > 600
     printed = capsys.readouterr().out
@@ -184,19 +184,6 @@ def test_what_the_first_process_cannot_do_ends_all_of_them(monkeypatch):
         engine.first_process_does(fail)
 
 
-@pytest.mark.parametrize('size', [1, 2, 3])
-@pytest.mark.parametrize('count, batch_size', [(36, 16), (37, 5), (16, 16), (7, 4)])
-def test_processes_share_each_batch_and_give_each_sample_once(monkeypatch, size, count, batch_size):
-    order, shares = torch.randperm(count), []
-    for rank in range(size):
-        monkeypatch.setattr(engine, 'rank_and_size', lambda: (rank, size))
-        shares.append(engine.batches_of(order, batch_size))
-    assert sorted(i for share in shares for batch in share for i in batch) == list(range(count))
-    assert len({len(share) for share in shares}) == 1
-    totals = [sum(map(len, batches)) for batches in zip(*shares)]
-    assert max(totals) <= batch_size and max(totals) - min(totals) <= 1
-
-
 def test_two_processes_train_one_model_and_get_the_figures_of_one(shared_data, tmp_path):
     """Through torchrun, twice in a run, with fixed and with learned weights: both processes must agree."""
     script, out = tmp_path / 'two_weightings.py', tmp_path / 'run'
@@ -210,7 +197,7 @@ def test_two_processes_train_one_model_and_get_the_figures_of_one(shared_data, t
     for name in 'equal', 'uncertainty':
         metrics = json.loads((out / name / 'metrics.json').read_text())
         assert metrics['config']['processes'] == 2
-        alone = engine.evaluate(engine.load_model(out / name / 'best.pt'), dataset, torch.device('cpu'))
+        alone = engine.evaluate(load_model(out / name / 'best.pt'), dataset, torch.device('cpu'))
         assert metrics['test'] == pytest.approx(alone, rel=1e-5)
 
 
@@ -256,38 +243,14 @@ def test_a_batch_for_fewer_samples_than_processes_is_refused(shared_data, tmp_pa
         train(shared_data, tmp_path, '--batch-size', str(batch_size))
 
 
-def test_photographs_without_a_label_for_the_network_are_not_used(data, tmp_path):
-    dataset = MTLDataset('train', root=data)
-    dataset.labelled['mask'][:30] = False
-    assert len(dataset.with_labels(UNet.tasks)) == 6
-    assert len(dataset.with_labels(MTLNet.tasks)) == 36
-
-
-def test_size_grows_to_the_images_own():
-    sizes = [engine.training_size(epoch, 20, (256, 192)) for epoch in range(1, 21)]
-    assert sizes == [(128, 96)] * 13 + [(192, 144)] * 6 + [(256, 192)]
-    assert engine.training_size(1, 10, (64, 80)) == (64, 64)
-    assert engine.training_size(1, 1, (256, 256)) == (128, 128)
-
-
-@pytest.mark.parametrize('masks, times', [(36, 1), (12, 1), (11, 3), (1, 3), (0, 1)])
-def test_photographs_with_a_mask_come_more_often_where_masks_are_rare(shared_data, masks, times):
-    dataset = MTLDataset('train', root=shared_data)
-    dataset.labelled['mask'][masks:] = False
-    part = Subset(dataset, range(35, -1, -1))
-    positions = engine.training_positions(part)
-    counts = torch.bincount(torch.tensor(part.indices)[positions], minlength=36)
-    assert counts.tolist() == [times] * masks + [1] * (36 - masks)
-
-
 @pytest.mark.parametrize('content, message', [
     (b'', 'not a sound checkpoint'),
     (b'no model at all', 'not a sound checkpoint (File is not a zip file)'),
     ({'layer.weight': torch.zeros(3)}, 'another kind of PyTorch file'),
     (torch.zeros(3), 'another kind of PyTorch file'),
-    ({'format': engine.TRAINING_FORMAT}, f"the format '{engine.TRAINING_FORMAT}'; expected"),
-    ({'format': engine.MODEL_FORMAT}, 'does not fit the networks'),
-    ({'format': engine.MODEL_FORMAT, 'network': 'UNet', 'arguments': {}, 'weights': {}},
+    ({'format': TRAINING_FORMAT}, f"the format '{TRAINING_FORMAT}'; expected"),
+    ({'format': MODEL_FORMAT}, 'does not fit the networks'),
+    ({'format': MODEL_FORMAT, 'network': 'UNet', 'arguments': {}, 'weights': {}},
      'does not fit the networks'),
     (MTLNet(n_classes=2), 'holds more than plain weights'),  # a whole pickled module
 ])
@@ -295,7 +258,7 @@ def test_a_model_file_of_another_kind_is_refused(tmp_path, content, message):
     path = tmp_path / 'model.pt'
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(InputError) as error:
-        engine.load_model(path)
+        load_model(path)
     assert message in str(error.value) and str(path) in str(error.value)
     assert '\n' not in str(error.value)
 
@@ -305,12 +268,12 @@ def test_a_truncated_model_file_is_refused(shared_data, tmp_path):
     whole = (tmp_path / 'best.pt').read_bytes()
     (tmp_path / 'best.pt').write_bytes(whole[:len(whole) // 2])
     with pytest.raises(InputError, match='not a sound checkpoint'):
-        engine.load_model(tmp_path / 'best.pt')
+        load_model(tmp_path / 'best.pt')
 
 
 @pytest.mark.parametrize('write', [
-    lambda content, path: torch.save({'format': engine.MODEL_FORMAT, 'weights': content}, path),
-    lambda content, path: torch.save({'format': engine.MODEL_FORMAT, 'weights': content}, path,
+    lambda content, path: torch.save({'format': MODEL_FORMAT, 'weights': content}, path),
+    lambda content, path: torch.save({'format': MODEL_FORMAT, 'weights': content}, path,
                                      _use_new_zipfile_serialization=False),
     lambda content, path: path.write_bytes(pickle.dumps(content)),
 ], ids=['zip', 'legacy', 'pickle'])
@@ -320,9 +283,9 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, write):
             return Path.touch, (tmp_path / 'created',)
 
     write(Evil(), tmp_path / 'evil.pt')
-    for kind in engine.MODEL_FORMAT, engine.TRAINING_FORMAT:
+    for kind in MODEL_FORMAT, TRAINING_FORMAT:
         with pytest.raises(InputError, match='evil.pt: not a sound checkpoint .*; expected'):
-            engine.load_checkpoint(tmp_path / 'evil.pt', kind)
+            load_checkpoint(tmp_path / 'evil.pt', kind)
     assert not (tmp_path / 'created').exists()
 
 
@@ -339,14 +302,14 @@ def test_a_changed_byte_in_a_checkpoint_is_noticed(trained, tmp_path):
     content[len(content) // 2] ^= 4
     (tmp_path / 'model.pt').write_bytes(content)
     with pytest.raises(InputError, match='model.pt: not a sound checkpoint .its part .* is damaged'):
-        engine.load_model(tmp_path / 'model.pt')
+        load_model(tmp_path / 'model.pt')
 
 
 def test_a_checkpoint_that_would_unpack_to_more_than_its_size_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / 'model.pt', 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('archive/data.pkl', bytes(10_000_000))
     with pytest.raises(InputError, match='a compressed archive'):
-        engine.load_model(tmp_path / 'model.pt')
+        load_model(tmp_path / 'model.pt')
 
 
 @pytest.mark.parametrize('entry, value', [
@@ -359,7 +322,7 @@ def test_a_model_file_with_an_impossible_entry_is_refused(trained, tmp_path, ent
     content = torch.load(trained / 'best.pt', weights_only=True)
     torch.save(content | {entry: value}, tmp_path / 'model.pt')
     with pytest.raises(InputError, match='model.pt: (does not fit the networks|another kind of PyTorch file)'):
-        engine.load_model(tmp_path / 'model.pt')
+        load_model(tmp_path / 'model.pt')
 
 
 @pytest.mark.parametrize('change', [
@@ -372,12 +335,12 @@ def test_weights_that_are_no_weights_are_refused(trained, tmp_path, change):
     content['weights'][name] = change(content['weights'][name])
     torch.save(content, tmp_path / 'model.pt')
     with pytest.raises(InputError, match='model.pt: does not fit the networks'):
-        engine.load_model(tmp_path / 'model.pt')
+        load_model(tmp_path / 'model.pt')
 
 
 def test_a_checkpoint_rebuilds_its_model_by_itself(shared_data, tmp_path):
     train(shared_data, tmp_path, '--limit-batches', '1', network=UNet)
-    model = engine.load_model(tmp_path / 'best.pt')
+    model = load_model(tmp_path / 'best.pt')
     assert type(model) is UNet and not model.training
     assert model.image_size == (64, 64) and len(model.class_names) == 8
 
@@ -386,12 +349,12 @@ def test_a_checkpoint_rebuilds_its_model_by_itself(shared_data, tmp_path):
     (lambda data: (data / 'val' / 'masks.h5').unlink(), 'val/masks.h5: no such file'),
     (lambda data: (data / 'train' / 'images.h5').write_bytes(b'x' * 5000), 'not a sound HDF5 file'),
 ])
-def test_bad_data_stops_training_with_one_line(data, tmp_path, fails, spoil, message):
+def test_bad_data_stops_training_with_one_line(data, tmp_path, error_line, spoil, message):
     spoil(data)
-    assert message in fails(train_mtl.main, '--data', data, '--out', tmp_path / 'run')
+    assert message in error_line(train_mtl.main, '--data', data, '--out', tmp_path / 'run')
 
 
-def test_damage_found_by_a_worker_is_one_line_too(data, tmp_path, fails):
+def test_damage_found_by_a_worker_is_one_line_too(data, tmp_path, error_line):
     path = data / 'train' / 'images.h5'
     data_rechunk.rechunk_file(path, checksums=True)
     with h5py.File(path) as file:
@@ -399,27 +362,27 @@ def test_damage_found_by_a_worker_is_one_line_too(data, tmp_path, fails):
     with open(path, 'r+b') as file:
         file.seek(offset + 100)
         file.write(b'damaged')
-    line = fails(train_mtl.main, '--data', data, '--out', tmp_path / 'run', '--workers', '1')
+    line = error_line(train_mtl.main, '--data', data, '--out', tmp_path / 'run', '--workers', '1')
     assert line.startswith('error: /') and 'sample 7 is damaged' in line
 
 
-def test_splits_of_two_preparations_are_refused(data, tmp_path, fails):
+def test_splits_of_two_preparations_are_refused(data, tmp_path, error_line):
     for path in (data / 'test').glob('*.h5'):
         with h5py.File(path, 'a') as file:
             file[path.stem].attrs['preparation'] = 'another'
-    line = fails(train_mtl.main, '--data', data, '--out', tmp_path / 'run')
+    line = error_line(train_mtl.main, '--data', data, '--out', tmp_path / 'run')
     assert 'do not belong together, their preparation differs' in line
 
 
-def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(shared_data, tmp_path, fails):
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(shared_data, tmp_path, error_line):
     train(shared_data, tmp_path, '--limit-batches', '1')
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    line = fails(train_mtl.main, '--data', shared_data, '--out', tmp_path, '--lr', '1e30',
+    line = error_line(train_mtl.main, '--data', shared_data, '--out', tmp_path, '--lr', '1e30',
                  '--model', tmp_path / 'model.pt', '--workers', 0, '--batch-size', 4, '--checkpoint-minutes', '1e-9')
     found = re.search(r'epoch 1/30, step (\d+) of 9: the loss is \S+ \(mask .*class .*box .*\) for the samples '
                       r'(\d+) (\d+) (\d+) (\d+) of .*/train; .* try a lower --lr', line)
     assert found, line
-    order = torch.Generator().manual_seed(engine.seed_everything(0, 1))
+    order = torch.Generator().manual_seed(seed_everything(0, 1))
     batch = torch.randperm(36, generator=order)[4 * (int(found[1]) - 1):][:4]
     assert sorted(batch.tolist()) == [int(number) for number in found.groups()[1:]]
     kept = {path: path.read_bytes() for path in before if path.name in ('best.pt', 'curves.png', 'log.csv')}
@@ -471,7 +434,7 @@ def test_a_class_that_training_does_not_have_is_one_of_the_models(data, tmp_path
         file['breeds'][:] = labels
     metrics = train(data, tmp_path / 'run', '--limit-batches', '1')
     assert 'accuracy' in metrics['test']
-    assert len(engine.load_model(tmp_path / 'run' / 'best.pt').class_names) == 8
+    assert len(load_model(tmp_path / 'run' / 'best.pt').class_names) == 8
 
 
 @pytest.mark.parametrize('network', [MTLNet, UNet])
@@ -504,14 +467,14 @@ def test_options_that_make_no_sense_are_refused(option, tmp_path, capsys):
     assert stopped.value.code == 2 and f"{option[0]}: '{option[1]}' is " in capsys.readouterr().err
 
 
-def test_sizes_that_the_networks_cannot_take_are_refused(coursework, tmp_path, fails):
-    root = coursework(size=(64, 72))
+def test_sizes_that_the_networks_cannot_take_are_refused(original_files, tmp_path, error_line):
+    root = original_files(size=(64, 72))
     data_rechunk.rechunk(root)
-    line = fails(train_mtl.main, '--data', root, '--out', tmp_path / 'run')
+    line = error_line(train_mtl.main, '--data', root, '--out', tmp_path / 'run')
     assert 'images of 72 x 64 pixels' in line
 
 
-def test_cuda_without_a_device_is_refused(shared_data, tmp_path, fails, monkeypatch):
+def test_cuda_without_a_device_is_refused(shared_data, tmp_path, error_line, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    line = fails(train_mtl.main, '--data', shared_data, '--out', tmp_path, '--device', 'cuda')
+    line = error_line(train_mtl.main, '--data', shared_data, '--out', tmp_path, '--device', 'cuda')
     assert 'no CUDA device' in line

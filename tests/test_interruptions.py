@@ -15,7 +15,7 @@ import data_rechunk
 import engine
 import mtl_vis
 import oeq_weighting
-from data_rechunk import InputError, Interrupted
+from data_rechunk import InputError, Stopped
 from models import MTLNet
 from utils import UncertaintyLoss
 
@@ -59,7 +59,7 @@ def test_a_run_stopped_twice_and_resumed_ends_with_the_same_bits(shared_data, tm
     for here, step, more in (2, 2, ()), (4, 6, ('--resume',)):
         with monkeypatch.context() as patch:
             stop_at_step(patch, signal.SIGTERM, here)
-            with pytest.raises(Interrupted, match='go on with the same command and --resume') as stopped:
+            with pytest.raises(Stopped, match='go on with the same command and --resume') as stopped:
                 run('parts', *more)
         assert stopped.value.status == 143
         last = torch.load(tmp_path / 'parts' / 'last.pt', weights_only=True)
@@ -87,7 +87,7 @@ def test_a_signal_in_the_evaluation_ends_it_after_the_batch_and_loses_no_step(sh
     with monkeypatch.context() as patch:
         patch.setattr(engine, 'forward', evaluated_forward)
         patch.setattr(engine, 'batches_of', lambda order, size: batches_of(order, 4 if len(order) == 12 else size))
-        with pytest.raises(Interrupted, match='in epoch 1, after 3 steps') as stopped:
+        with pytest.raises(Stopped, match='in epoch 1, after 3 steps') as stopped:
             train(shared_data, tmp_path / 'parts')
     assert stopped.value.status == 130 and evaluated == [4]
     train(shared_data, tmp_path / 'parts', '--resume')
@@ -107,7 +107,7 @@ def test_a_checkpoint_is_written_within_the_epoch_when_it_is_time(shared_data, t
 def test_without_resume_an_unfinished_run_is_not_overwritten(shared_data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at_step(patch, signal.SIGTERM, 2)
-        with pytest.raises(Interrupted):
+        with pytest.raises(Stopped):
             train(shared_data, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(InputError, match='holds an unfinished run; --resume goes on with it'):
@@ -121,7 +121,7 @@ def test_stopped_before_its_first_step_a_run_leaves_the_finished_one_as_it_was(s
     train(shared_data, tmp_path, '--epochs', '1')
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(engine, 'belong_together', lambda *_: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         train(shared_data, tmp_path)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -138,7 +138,7 @@ def stopped(shared_data, out, monkeypatch):
     """A run like `whole`, stopped in its second epoch, with a checkpoint of each step."""
     with monkeypatch.context() as patch:
         stop_at_step(patch, signal.SIGTERM, 5)
-        with pytest.raises(Interrupted):
+        with pytest.raises(Stopped):
             train(shared_data, out, '--checkpoint-minutes', '1e-9')
 
 
@@ -161,11 +161,11 @@ def test_a_damaged_last_checkpoint_is_kept_and_never_follows_the_one_before_it(s
     with pytest.raises(InputError, match='last.pt: not a sound checkpoint'):
         train(shared_data, tmp_path, '--resume')
     path = engine.find_state(tmp_path, 'auto')
-    content = engine.load_checkpoint(path, engine.TRAINING_FORMAT)
+    content = load_checkpoint(path, TRAINING_FORMAT)
     assert path.name == 'previous.pt' and content['steps'] == 1
     assert 'warning: ' in capsys.readouterr().out and (tmp_path / 'damaged_last.pt').read_bytes() == b'damaged'
-    engine.save_state(content, tmp_path)
-    assert engine.load_checkpoint(tmp_path / 'previous.pt', engine.TRAINING_FORMAT)['steps'] == 1
+    save_last(tmp_path, content)
+    assert load_checkpoint(tmp_path / 'previous.pt', TRAINING_FORMAT)['steps'] == 1
 
 
 @pytest.mark.parametrize('entry, value', [
@@ -238,7 +238,7 @@ def test_before_a_run_takes_the_place_of_a_finished_one_the_finished_one_is_unma
 
                 patch.setattr(os, 'replace', killed)
             try:
-                engine.save_state({'number': number}, tmp_path)
+                save_last(tmp_path, {'number': number})
             except SystemExit:
                 pass
     assert torch.load(tmp_path / 'last.pt') == {'number': 1} and not (tmp_path / 'metrics.json').exists()
@@ -280,7 +280,7 @@ def test_killed_between_its_files_a_run_over_a_finished_one_mixes_nothing(shared
 
 
 def test_two_runs_in_one_folder_at_once_are_refused(shared_data, tmp_path):
-    with data_rechunk.alone_in(tmp_path):
+    with files.lock_folder(tmp_path):
         with pytest.raises(InputError, match='another process is writing to this folder'):
             train(shared_data, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -289,7 +289,7 @@ def test_two_runs_in_one_folder_at_once_are_refused(shared_data, tmp_path):
 def test_signals_to_all_processes_at_once_wait_for_the_step_too(shared_data, tmp_path):
     """As from the terminal, timeout or a batch system: the loading processes get them as well."""
     out = tmp_path / 'run'
-    code = 'import train_mtl, data_rechunk; data_rechunk.run_script(train_mtl.main)'
+    code = 'import train_mtl, data_rechunk; run_script(train_mtl.main)'
     command = [sys.executable, '-c', code, *arguments_of(shared_data, out), '--epochs', '500', '--workers', '2',
                '--model', str(tmp_path / 'model.pt')]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -301,7 +301,7 @@ def test_signals_to_all_processes_at_once_wait_for_the_step_too(shared_data, tmp
         _, error = process.communicate()
     assert process.returncode == 143 and 'Traceback' not in error
     assert error.splitlines()[-1].endswith('last.pt is written; go on with the same command and --resume')
-    engine.load_checkpoint(out / 'last.pt', engine.TRAINING_FORMAT)
+    load_checkpoint(out / 'last.pt', TRAINING_FORMAT)
 
 
 TWO_PROCESSES = """
@@ -315,7 +315,7 @@ def stop(*args, **kw):
         os.kill(os.getpid(), signal.SIGTERM)
 if 'whole' not in sys.argv[0]:
     torch.optim.AdamW.step = stop
-data_rechunk.run_script(train_mtl.main)
+run_script(train_mtl.main)
 """
 
 
@@ -337,7 +337,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_step_and_both_go_
 
 
 @pytest.mark.parametrize('limit, write, name', [
-    (1000, lambda folder: engine.save_state({'format': engine.TRAINING_FORMAT, 'x': torch.zeros(5000)}, folder), 'last.pt'),
+    (1000, lambda folder: engine.save_state({'format': TRAINING_FORMAT, 'x': torch.zeros(5000)}, folder), 'last.pt'),
     (10, lambda folder: engine.write_log([{'epoch': 1, 'lr': 0.1}], folder / 'log.csv'), 'log.csv'),
     (99, lambda folder: engine.draw_curves([{'epoch': 1}], folder / 'curves.png'), 'curves.png'),
     (99, lambda folder: mtl_vis.save_picture([[('', torch.zeros(3, 9, 9))]], folder / 'mask.png'), 'mask.png'),
@@ -358,7 +358,7 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, limit, write, 
 
 
 def test_several_processes_train_from_the_files_that_another_reads(shared_data, tmp_path):
-    code = 'import train_baseline, data_rechunk; data_rechunk.run_script(train_baseline.main)'
+    code = 'import train_baseline, data_rechunk; run_script(train_baseline.main)'
     dataset = engine.MTLDataset('train', root=shared_data)
     dataset[0]
     processes = [subprocess.Popen([sys.executable, '-c', code, *arguments_of(shared_data, tmp_path / str(number)), '--epochs', '1'],
@@ -383,14 +383,14 @@ def test_a_last_checkpoint_on_another_disk_stays_there_and_is_no_link_to_itself(
     out.mkdir()
     (out / 'last.pt').symlink_to(tmp_path / 'disk' / 'last.pt')
     for number in range(3):
-        engine.save_state({'number': number}, out)
+        save_last(out, {'number': number})
     assert torch.load(tmp_path / 'disk' / 'last.pt') == torch.load(out / 'last.pt') == {'number': 2}
     assert torch.load(out / 'previous.pt') == {'number': 1}
 
 
 def test_a_signal_after_the_last_check_is_not_forgotten():
-    with pytest.raises(Interrupted) as stopped:
-        with data_rechunk.Interruption():
+    with pytest.raises(Stopped) as stopped:
+        with StopRequest():
             signal.raise_signal(signal.SIGTERM)
     assert stopped.value.status == 143
 

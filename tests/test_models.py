@@ -11,7 +11,7 @@ from models import AblatedNet, AblatedNet2, BoxHead, MTLNet, UNet
     (MTLNet, {'label', 'mask', 'bbox'}), (UNet, {'mask'}), (AblatedNet, {'label', 'mask'}),
     (AblatedNet2, {'mask', 'bbox'}),
 ])
-def test_outputs_are_class_mask_box_and_none_for_an_absent_task(network, tasks):
+def test_outputs_are_none_for_absent_tasks(network, tasks):
     outputs = network(c_in=3, c_out_seg=1)(torch.randn(2, 3, 64, 64))
     shapes = {'label': (2, 37), 'mask': (2, 1, 64, 64), 'bbox': (2, 4)}
     assert outputs._fields == ('label', 'mask', 'bbox')
@@ -73,7 +73,7 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
     assert all(torch.equal(a, b) for a, b in zip(model(images), model(images)))
 
 
-def test_masks_have_no_checkerboard():
+def test_masks_have_no_checkerboard(full_networks):
     torch.manual_seed(0)
     for seed in range(3):
         torch.manual_seed(seed)
@@ -95,12 +95,12 @@ def test_decoding_some_images_gives_the_logits_of_decoding_all():
 def test_decoding_some_images_keeps_gradients_channels_last():
     """Where two layouts meet, every operation is many times slower."""
     x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
-    chosen = models.rows_of(x, torch.tensor([True, False, True, False]))
+    chosen = models.select_rows(x, torch.tensor([True, False, True, False]))
     assert chosen.is_contiguous(memory_format=torch.channels_last)
     layouts = []
     product = x * 1
     product.register_hook(lambda grad: layouts.append(grad.is_contiguous(memory_format=torch.channels_last)))
-    models.rows_of(product, torch.tensor([True, False, True, False])).sum().backward()
+    models.select_rows(product, torch.tensor([True, False, True, False])).sum().backward()
     assert layouts == [True]
 
 
@@ -115,7 +115,7 @@ def test_the_four_networks_share_their_parts():
     assert len(blocks) == 5
 
 
-def test_every_parameter_learns_from_the_three_tasks():
+def test_every_parameter_learns_from_the_three_tasks(full_networks):
     model = MTLNet()
     outputs = model(torch.randn(2, 3, 64, 64))
     sum(value.square().sum() for value in outputs).backward()

@@ -6,18 +6,21 @@ import torch
 from PIL import Image
 
 import mtl_vis
-import train_baseline
-import train_mtl
-from data_rechunk import InputError
-from mtl_vis import load_model, main, predict
+from dataloader_mtl import MTLDataset
+from models import MTLNet, UNet, load_model, model_content
+from mtl_vis import main, predict
+from support.checkpoint import save_checkpoint
+from support.cli import InputError
 
 
 @pytest.fixture(scope='module')
 def model_path(shared_data, tmp_path_factory):
-    out = tmp_path_factory.mktemp('model')
-    train_mtl.main(['--data', str(shared_data), '--out', str(out), '--model', str(out / 'mtl_model.pt'),
-                    '--epochs', '2', '--workers', '0'])
-    return out / 'mtl_model.pt'
+    """The file of a network that has learned nothing."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('model') / 'mtl_model.pt'
+    names = MTLDataset('test', root=shared_data).class_names
+    save_checkpoint(path, model_content(MTLNet(n_classes=8), names, (64, 64)))
+    return path
 
 
 def photograph(path, size=(90, 70), mode='RGB'):
@@ -46,7 +49,7 @@ def test_a_prediction_is_the_same_each_time(model_path):
 
 def test_predicting_agrees_with_evaluation(model_path, shared_data):
     """The same pixels through `predict` and through MTLDataset give the same answer."""
-    dataset, model = mtl_vis.MTLDataset('test', root=shared_data), load_model(model_path)
+    dataset, model = MTLDataset('test', root=shared_data), load_model(model_path)
     image = dataset[4][0]
     pixels = mtl_vis.denormalise(image)
     prediction = predict(model, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
@@ -102,8 +105,7 @@ def test_large_photographs_are_drawn_smaller_but_measured_in_their_own_pixels(mo
 
 
 def test_a_model_without_class_and_box_draws_its_mask(shared_data, tmp_path, capsys):
-    train_baseline.main(['--data', str(shared_data), '--out', str(tmp_path), '--epochs', '1',
-                         '--limit-batches', '1', '--workers', '0'])
+    save_checkpoint(tmp_path / 'best.pt', model_content(UNet(), ['cat', 'dog'], (64, 64)))
     model, out = str(tmp_path / 'best.pt'), str(tmp_path / 'out.png')
     main(['--model', model, '--out', out, '--data', str(shared_data)])
     main(['--model', model, '--out', out, str(photograph(tmp_path / 'one.png'))])
@@ -111,23 +113,23 @@ def test_a_model_without_class_and_box_draws_its_mask(shared_data, tmp_path, cap
 
 
 @pytest.mark.parametrize('content', [None, b'', b'no picture'])
-def test_a_photograph_that_cannot_be_read_is_named(model_path, tmp_path, fails, content):
+def test_a_photograph_that_cannot_be_read_is_named(model_path, tmp_path, error_line, content):
     path = tmp_path / 'cat.jpg'
     if content is not None:
         path.write_bytes(content)
-    assert str(path) in fails(main, '--model', model_path, '--out', tmp_path / 'out.png', path)
+    assert str(path) in error_line(main, '--model', model_path, '--out', tmp_path / 'out.png', path)
     assert not (tmp_path / 'out.png').exists()
 
 
-def test_a_broken_photograph_stops_no_other(model_path, tmp_path, fails):
+def test_a_broken_photograph_stops_no_other(model_path, tmp_path, error_line):
     broken, sound = tmp_path / 'broken.jpg', photograph(tmp_path / 'sound.png')
     broken.write_bytes(b'no picture')
-    line = fails(main, '--model', model_path, '--out', tmp_path / 'out.png', broken, sound)
+    line = error_line(main, '--model', model_path, '--out', tmp_path / 'out.png', broken, sound)
     assert '1 of 2 photographs cannot be read' in line and str(broken) in line
     assert Image.open(tmp_path / 'out.png').size == (2 * (256 + 44), 199 + 44)
 
 
-def test_no_input_is_overwritten_and_no_mask_twice(model_path, tmp_path, fails):
+def test_no_input_is_overwritten_and_no_mask_twice(model_path, tmp_path, error_line):
     (tmp_path / 'b').mkdir()
     one, two = photograph(tmp_path / 'cat.png'), photograph(tmp_path / 'b' / 'cat.png')
     mask = photograph(tmp_path / 'dog_mask.png')
@@ -136,13 +138,13 @@ def test_no_input_is_overwritten_and_no_mask_twice(model_path, tmp_path, fails):
                       ['--save-masks', tmp_path / 'masks', one, two],
                       ['--save-masks', tmp_path, dog, mask]):
         before = {path: path.read_bytes() for path in (one, two, mask, dog, model_path)}
-        line = fails(main, '--model', model_path, '--out', tmp_path / 'out.png', *arguments)
+        line = error_line(main, '--model', model_path, '--out', tmp_path / 'out.png', *arguments)
         assert 'would be written over an input or twice' in line
         assert before == {path: path.read_bytes() for path in before}
 
 
-def test_a_missing_model_is_named(tmp_path, fails):
-    assert 'mtl_model.pt: no such file' in fails(main, '--model', tmp_path / 'mtl_model.pt')
+def test_a_missing_model_is_named(tmp_path, error_line):
+    assert 'mtl_model.pt: no such file' in error_line(main, '--model', tmp_path / 'mtl_model.pt')
 
 
 @pytest.mark.filterwarnings('error:Glyph')
@@ -152,9 +154,9 @@ def test_a_name_with_dollars_or_unknown_signs_is_drawn_without_a_remark(tmp_path
     assert Image.open(tmp_path / 'mask.png').size == (108, 108)
 
 
-def test_a_link_to_itself_is_one_broken_photograph(model_path, tmp_path, fails):
+def test_a_link_to_itself_is_one_broken_photograph(model_path, tmp_path, error_line):
     (tmp_path / 'a.jpg').symlink_to('a.jpg')
-    line = fails(main, tmp_path / 'a.jpg', '--model', model_path, '--out', tmp_path / 'mask.png')
+    line = error_line(main, tmp_path / 'a.jpg', '--model', model_path, '--out', tmp_path / 'mask.png')
     assert '1 of 1 photographs cannot be read' in line and 'a.jpg' in line
 
 

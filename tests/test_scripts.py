@@ -104,8 +104,8 @@ def test_fixed_weights_are_segmentation_class_box():
     assert oeq_weighting.weighting('50-30-20').weights == {'mask': .5, 'class': .3, 'box': .2}
 
 
-def test_the_courseworks_own_files_train_with_the_species_as_the_class(coursework, tmp_path):
-    root = coursework(count=20, dtype='float32', chunks=True, compression='gzip')
+def test_the_courseworks_own_files_train_with_the_species_as_the_class(original_files, tmp_path):
+    root = original_files(count=20, dtype='float32', chunks=True, compression='gzip')
     data_rechunk.main(['--data', str(root)])
     assert MTLDataset('train', root=root).class_names == ['cat', 'dog']
     train_mtl.main(['--data', str(root), '--out', str(tmp_path / 'run'),

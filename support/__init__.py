@@ -1,0 +1,1 @@
+"""What every script leans on and no experiment changes: files, checkpoints, processes, messages."""

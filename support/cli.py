@@ -1,0 +1,169 @@
+"""How a script starts and ends: one-line errors, signals and argparse types. Imports no torch."""
+
+import argparse
+import math
+import re
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+# What asks a script to stop. The terminal sends SIGHUP when its window is closed.
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+
+
+class InputError(Exception):
+    """A file or an option that cannot be used; the message is the one line that the user sees."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the script to stop; the exit status is 128 + `number`, as in the shell."""
+
+    def __init__(self, number, message='stopped'):
+        super().__init__(message)
+        self.number, self.status = number, 128 + number
+
+
+def run_script(main):
+    """Call `main()`. InputError, OSError and MemoryError end the script with one line on standard error
+    and exit status 1; a signal ends it with 128 + its number."""
+
+    def stop_at_once(number, frame):
+        raise Stopped(number)
+
+    set_stop_handler(stop_at_once)
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # file names need not be text
+    try:
+        main()
+        return
+    except InputError as error:
+        # An error of a DataLoader's worker arrives with the worker's traceback before it.
+        line, status = f'error: {str(error).strip().rpartition("InputError: ")[2]}', 1
+    except OSError as error:
+        line, status = f'error: {f"{error.filename}: " if error.filename else ""}{reason(error)}', 1
+    except MemoryError:
+        line, status = 'error: there is not enough memory', 1
+    except KeyboardInterrupt as error:
+        line, status = str(error) or 'stopped', getattr(error, 'status', 130)
+    # Outside of `except`, where the exception would still keep the workers of a DataLoader alive.
+    print(one_line(line)[:2000], file=sys.stderr)
+    sys.exit(status)
+
+
+# ---- signals
+
+
+def set_stop_handler(handler):
+    """Let `handler` handle those of STOP_SIGNALS that are not ignored (nohup); returns {signal: old handler}."""
+    if threading.current_thread() is not threading.main_thread():  # Python calls handlers nowhere else
+        return {}
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) or signal.SIG_DFL for number in numbers}
+
+
+class StopRequest:
+    """Within its `with` block, a signal only sets a flag, so that a step or a write is finished first.
+
+    Call `check` where the script may stop; the end of the block checks, too.
+    """
+
+    def __init__(self):
+        self.number = 0  # of the signal, 0 if there was none
+
+    def __enter__(self):
+        self.handlers = set_stop_handler(self._set)
+        return self
+
+    def __exit__(self, kind, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if kind is None:
+            self.check()
+
+    def _set(self, number, frame):
+        self.number = self.number or number
+
+    def check(self):
+        """Raises Stopped if a signal has come."""
+        if self.number:
+            raise Stopped(self.number)
+
+
+@contextmanager
+def signals_blocked():
+    """Hold STOP_SIGNALS off; processes started within it have them blocked until `ignore_signals`."""
+    if not hasattr(signal, 'pthread_sigmask'):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_signals(_=None):
+    """For a child process: its parent decides when it stops. A DataLoader's `worker_init_fn`."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+# ---- text of one line
+
+
+def reason(error):
+    """The exception's message as one line of at most 200 characters."""
+    text = getattr(error, 'strerror', None) or str(error)
+    system = re.search("error message = '([^']*)'", text)  # the system's, in the middle of HDF5's
+    return one_line(system[1] if system else text)[:200] or type(error).__name__
+
+
+def one_line(text):
+    """`text` with white space as single blanks and unprintable characters as question marks."""
+    return ''.join(each if each.isprintable() else '?' for each in ' '.join(text.split()))
+
+
+def are_names(values):
+    """Whether `values` is a list of printable names of 1 to 100 characters, and not empty."""
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(isinstance(name, str) and 0 < len(name) <= 100 and name.isprintable() for name in values)
+    )
+
+
+# ---- argparse types
+
+
+def whole_number(minimum):
+    """An argparse type: a whole number from `minimum` to 2**32 - 1, which is what a seed can be."""
+
+    def parse(text):
+        if not text.lstrip('+-').isdecimal() or not minimum <= int(text) < 2**32:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum} up")
+        return int(text)
+
+    return parse
+
+
+def positive_number(text):
+    """An argparse type: a finite number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return value
+
+
+def file_to_write(text):
+    """An argparse type: a path that is no folder, so that the script fails before it trains."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}' is a folder; expected the name of a file")
+    return text

@@ -1,0 +1,84 @@
+"""Data-parallel training: `torchrun --nproc-per-node N train_mtl.py`. Without torchrun, one process."""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from support.cli import InputError, reason
+
+
+@contextmanager
+def process_group(device_name):
+    """Join the processes that torchrun started, if it did and this one has not joined yet."""
+    if 'RANK' not in os.environ or dist.is_initialized():
+        yield
+        return
+    cuda = device_name != 'cpu' and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    else:  # torchrun asks for a single thread, however many cores there are
+        torch.set_num_threads(max(1, available_cores() // int(os.environ['LOCAL_WORLD_SIZE'])))
+    dist.init_process_group('nccl' if cuda else 'gloo')
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def available_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def get_rank():
+    """The number of this process, from 0."""
+    return int(os.environ.get('RANK', 0))
+
+
+def get_world_size():
+    """The number of processes."""
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+
+def is_main_process():
+    """Whether this is rank 0, which prints and writes."""
+    return get_rank() == 0
+
+
+def print_once(line):
+    """Print a line on rank 0."""
+    if is_main_process():
+        print(line, flush=True)
+
+
+def all_gather(value):
+    """[value of rank 0, value of rank 1, ...] in every process."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce_max(numbers, device):
+    """The largest of each of `numbers`, whole numbers, over all processes."""
+    if dist.is_initialized():
+        tensor = torch.tensor(numbers, device=device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        numbers = tensor.tolist()
+    return numbers
+
+
+def on_main_process(action):
+    """`action()` on rank 0; every process gets its value, or its InputError or OSError."""
+    value = error = None
+    if is_main_process():
+        try:
+            value = action()
+        except (InputError, OSError) as raised:
+            error = raised
+    value, message = all_gather((value, error and (str(error) or reason(error))))[0]
+    if message:
+        raise error or InputError(message)
+    return value

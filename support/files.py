@@ -1,0 +1,165 @@
+"""Files: written whole or not at all, one writer to a folder, images from elsewhere. Imports no torch."""
+
+import io
+import os
+import re
+import warnings
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from support.cli import InputError, reason
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two writers apart
+    fcntl = None
+
+
+def require_file(path, hint):
+    """Raises InputError, ending with `hint`, unless `path` is a regular file: reading a pipe would block."""
+    if not os.path.isfile(path):
+        found = 'is not a file' if os.path.exists(path) else 'no such file'
+        raise InputError(f'{path}: {found}; {hint}')
+
+
+# ---- writing
+
+
+@contextmanager
+def replacing(path):
+    """Yield a path beside `path` to write to; when the block ends well, it is synced and renamed to `path`.
+
+    At every moment `path` is the whole old file or the whole new one. If the block raises, the new file is
+    removed. An OSError without another file's name becomes an InputError that names `path`.
+    """
+    target = Path(os.path.realpath(path))  # a link's target is replaced, not the link
+    if target.is_dir():
+        raise InputError(f'{target}: is a folder; expected the name of a file to write')
+    # With the process's number, two processes that write one path cannot mix their files.
+    part = target.with_name(f'{target.name}.{os.getpid()}.part')
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        sync(part)
+        os.replace(part, target)
+        sync(target.parent)
+    except OSError as error:
+        if error.filename not in (None, str(part)):
+            raise
+        raise InputError(f'{target}: cannot be written and is left as it was ({reason(error)})') from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Wait until the disk has the file, or the folder's list of files."""
+    if path.is_dir() and os.name != 'posix':
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path, save):
+    """Put what `save(file)` writes to a binary file in the place of `path`, whole or not at all."""
+    content = io.BytesIO()  # libraries that write to a full disk themselves each fail in their own way
+    save(content)
+    with replacing(path) as part:
+        part.write_bytes(content.getbuffer())
+
+
+@contextmanager
+def lock_folder(folder):
+    """Make `folder` and keep other processes that lock it out; raises InputError if one is in there.
+
+    The system drops the lock when this process ends, even if it is killed. Child processes do not inherit
+    it. What a killed process left half written is removed. File systems without locks are not locked.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / '.lock', 'w') as file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f'{folder}: another process is writing to this folder; wait for it, stop it, or choose another folder'
+            ) from None
+        except OSError:  # a network drive without locks
+            pass
+        for part in folder.glob('*.part'):
+            if re.fullmatch(r'.+\.(h5|pt|csv|png|json)\.\d+\.part', part.name):
+                part.unlink(missing_ok=True)
+        yield
+
+
+# ---- reading images from elsewhere
+
+
+class UnreadableFile(Exception):
+    """An image or an annotation that cannot be used; the message names the file."""
+
+
+@cache
+def image_formats():
+    """What cameras, phones and browsers write, as far as this Pillow has it.
+
+    Pillow knows others, and starts a program for one of them (EPS).
+    """
+    Image.init()  # takes a while, and most imports of this file read no image
+    return [name for name in ('JPEG', 'MPO', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'AVIF') if name in Image.OPEN]
+
+
+def refuse_special_file(path):
+    """Raises UnreadableFile for a pipe, a device or a folder: reading one can block forever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UnreadableFile(f'{path}: is not a file')
+
+
+def read_bounded(path, limit):
+    """The bytes of a file; raises UnreadableFile for more than `limit` of them."""
+    refuse_special_file(path)
+    with open(path, 'rb') as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UnreadableFile(f'{path}: more than {limit} bytes')
+    return content
+
+
+@contextmanager
+def open_image(path):
+    """Yield the file's PIL image; whatever Pillow raises, also in the block, becomes UnreadableFile."""
+    refuse_special_file(path)
+    try:
+        with warnings.catch_warnings():
+            # Warnings about readable files: very large, palette transparency, damaged EXIF.
+            warnings.simplefilter('ignore')
+            with Image.open(path, formats=image_formats()) as image:
+                yield image
+    except Exception as error:  # damaged files make Pillow's decoders raise errors of any type
+        raise UnreadableFile(f'{path}: {reason(error)}') from None
+
+
+def read_image(path, upright=False):
+    """The file's PIL image as RGB, rotated as its EXIF says if `upright`; raises UnreadableFile."""
+    with open_image(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image) if upright else image)
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> RGB; transparent pixels become white. EXIF rotation is not applied."""
+    if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    elif image.mode.startswith('I') and np.max(image) > 255:
+        # Pillow clips 16-bit grey at 255 instead of scaling it.
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert('RGB')

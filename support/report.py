@@ -1,0 +1,92 @@
+"""What a run reports: the epoch's line, test metrics, log.csv, curves.png and metrics.json."""
+
+import csv
+import io
+import json
+import math
+import platform
+
+import h5py
+import numpy as np
+import torch
+import torchvision
+
+from support.files import write_file
+
+
+def epoch_line(row, epochs):
+    """A row of log.csv as a line: training losses, validation metrics, speed."""
+    losses = ' '.join(
+        f'{name.removeprefix("train_loss_")} {value:.3f}'
+        for name, value in row.items()
+        if name.startswith('train_loss_')
+    )
+    metrics = ' '.join(
+        f'{name.removeprefix("val_")} {value:.4f}'
+        for name, value in row.items()
+        if name.startswith('val_') and not name.startswith('val_loss_')
+    )
+    return (
+        f'epoch {row["epoch"]}/{epochs}: training loss {losses}; validation {metrics}; '
+        f'{row["images_per_second"]:.1f} images/s, {row["total_seconds"]:.0f} s'
+    )
+
+
+def print_metrics(title, values, printed):
+    """`values`: {metric: value}; `printed`: {metric: the name to print}."""
+    print(title if values else f'{title}: no sample has a label')
+    for name, label in printed.items():
+        if name in values:
+            print(f'  {label}: {values[name]:.4f}')
+
+
+def write_metrics(metrics, path):
+    """Write a dict, with the versions and the machine, as JSON; returns what was written."""
+    metrics = metrics | {
+        'versions': {
+            'python': platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, torchvision, h5py, np)},
+        },
+        'machine': {'cpu': platform.machine(), 'threads': torch.get_num_threads()},
+    }
+    write_file(path, lambda file: file.write(f'{json.dumps(metrics, indent=2)}\n'.encode()))
+    return metrics
+
+
+def write_log(history, path):
+    """A CSV with a row for each epoch; a value that an epoch does not have stays empty."""
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(history)
+    write_file(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def draw_curves(history, printed, path):
+    """A PNG of the losses and of the validation metrics against the epochs; `printed` as in `print_metrics`."""
+    from matplotlib.figure import Figure  # a Figure of its own needs no display and no global state
+
+    epochs = [row['epoch'] for row in history]
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    for axes, title in (left, 'Loss'), (right, 'Validation'):
+        axes.set(title=title, xlabel='epoch')
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    names = list(dict.fromkeys(name for row in history for name in row))
+    tasks = list(dict.fromkeys(name.partition('_loss_')[2] for name in names if '_loss_' in name))
+    for name in names:
+        values = [row.get(name, math.nan) for row in history]
+        split, _, kind = name.partition('_')
+        if kind.startswith('loss_'):
+            task = kind.removeprefix('loss_')
+            style = '-' if split == 'train' else '--'
+            left.plot(epochs, values, style, color=f'C{tasks.index(task)}', label=f'{task}, {split}')
+        elif split == 'val' and kind in printed:
+            right.plot(epochs, values, label=printed[kind])
+    right.set_ylim(0, 1)
+    for axes in left, right:
+        if axes.lines:
+            axes.legend()
+    write_file(path, lambda file: figure.savefig(file, format='png', dpi=120))
