@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 import synthetic_pets
 from support.cli import InputError, StopRequest, one_line, reason, run_script, whole_number
-from support.files import UnreadableFile, lock_folder, open_image, read_bounded, read_image, replacing, sync
+from support.files import UnreadableFile, lock_folder, open_image, read_image, replacing, sync
 from support.hdf5 import (
     LARGEST_SIDE,
     MASK_UNKNOWN,
+    SHAPES,
     SPLITS,
     create_h5,
     has_metadata_checksums,
@@ -39,9 +40,7 @@ from support.hdf5 import (
 )
 
 BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
-STEMS = ('images', 'masks', 'bboxes', 'binary', 'breeds', 'names')
-BUFFERED = 64  # samples gathered before they are written
-LARGEST_LIST, LARGEST_XML = 100 << 20, 1 << 20  # bytes; the dataset's have 300 thousand and a thousand
+STEMS = (*SHAPES, 'names')
 
 
 class Record(NamedTuple):
@@ -67,17 +66,17 @@ class OxfordPets:
 
     def __init__(self, root, border):
         self.folder = Path(root) / 'oxford-iiit-pet'
-        # From the trimap's 1 pet, 2 background, 3 border to the stored values.
-        self.trimap_values = {1: 1, 2: 0, 3: BORDER[border]}
+        # What is stored for the trimap's 1 pet, 2 background and 3 border.
+        self.trimap_values = np.array([MASK_UNKNOWN, 1, 0, BORDER[border]], np.uint8)
         self.records, self.class_names = self._read_list(self.folder / 'annotations' / 'list.txt')
 
     def _read_list(self, path):
         """Read `NAME CLASS-ID SPECIES BREED-ID` lines: ids from 1, species 1 cat and 2 dog."""
         try:
-            lines = read_bounded(path, LARGEST_LIST).decode().splitlines()
+            lines = path.read_text('utf-8').splitlines()
         except FileNotFoundError:
             raise InputError(f'{path}: no such file; --download fetches the dataset') from None
-        except (UnicodeDecodeError, UnreadableFile) as error:
+        except UnicodeDecodeError as error:
             raise InputError(f'{path}: not a text file ({reason(error)})') from None
         records, class_names = {}, {}
         for number, line in enumerate(lines, 1):
@@ -128,16 +127,15 @@ class OxfordPets:
         with open_image(path) as trimap:
             values = np.asarray(trimap.resize((size, size), Image.Resampling.NEAREST))
         found = np.unique(values)
-        if values.ndim != 2 or not set(found.tolist()) <= self.trimap_values.keys():
+        if values.ndim != 2 or not np.isin(found, (1, 2, 3)).all():
             raise UnreadableFile(f'{path}: values {found[:5].tolist()}; a trimap holds 1, 2 and 3')
-        table = np.zeros(4, np.uint8)
-        table[list(self.trimap_values)] = list(self.trimap_values.values())
-        return table[values][..., None]
+        return self.trimap_values[values][..., None]
 
     def _read_box(self, name, size):
         path = self._file('xmls', name)
         try:
-            root = ElementTree.fromstring(read_bounded(path, LARGEST_XML))
+            root = ElementTree.parse(path).getroot()
+            # A missing element reads 'none', which is no number.
             corners = [float(root.findtext(f'object/bndbox/{key}', 'none')) for key in ('xmin', 'ymin', 'xmax', 'ymax')]
             # The size that was annotated; the image on disk may have another.
             extent = [float(root.findtext(f'size/{key}', 'none')) for key in ('width', 'height')] * 2
@@ -204,59 +202,44 @@ def split_records(records, shares):
 
 
 class SplitWriter:
-    """Appends samples to the six files of one split; memory does not grow with their number."""
+    """Writes the six files of one split. Images and masks go to the disk one by one, the small tables at the end."""
 
-    def __init__(self, files, size, class_names, longest_name):
-        """`files`: {stem: open h5py.File}; `longest_name` in bytes."""
-        layout = {
-            'images': ((size, size, 3), np.uint8),
-            'masks': ((size, size, 1), np.uint8),
-            'bboxes': ((4,), np.float32),
-            'binary': ((1,), np.uint8),
-            'breeds': ((1,), np.int16),
-            'names': ((), f'S{longest_name}'),
-        }
-        self.datasets = {}
-        for stem, (shape, dtype) in layout.items():
-            chunks = (1, *shape) if len(shape) == 3 else (1024, *shape)
-            self.datasets[stem] = files[stem].create_dataset(
-                stem, (0, *shape), dtype, maxshape=(None, *shape), chunks=chunks
-            )
-        write_text(self.datasets['breeds'].attrs, 'class_names', class_names)
-        self.rows, self.count = [], 0
-        self.counts, self.breeds = Counter(), set()
+    def __init__(self, files, count, size):
+        """`files`: {stem: open h5py.File}; `count`: of images, at most; `size`: of an image's side in pixels."""
+        self.files, self.rows, self.labels = files, [], Counter()
+        for stem, channels in ('images', 3), ('masks', 1):
+            shape = (size, size, channels)
+            files[stem].create_dataset(stem, (count, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape))
 
     def add(self, record, sample):
-        height, width = sample.image.shape[:2]
-        mask, bbox = sample.mask, sample.bbox
-        if mask is None:
-            mask = np.full((height, width, 1), MASK_UNKNOWN, np.uint8)
-        if bbox is None:
-            bbox = np.full(4, np.nan, np.float32)
-        self.rows.append((sample.image, mask, bbox, [record.species], [record.breed], record.name.encode()))
-        self.count += 1
-        self.counts.update(
-            masks=sample.mask is not None,
-            boxes=sample.bbox is not None,
-            cats=record.species == 0,
-            dogs=record.species == 1,
-        )
-        self.breeds.add(record.breed)
-        if len(self.rows) == BUFFERED:
-            self._flush()
+        index, mask, bbox = len(self.rows), sample.mask, sample.bbox
+        self.files['images']['images'][index] = sample.image
+        self.files['masks']['masks'][index] = MASK_UNKNOWN if mask is None else mask
+        self.rows.append((np.full(4, np.nan) if bbox is None else bbox, record))
+        self.labels.update(masks=mask is not None, boxes=bbox is not None)
 
-    def _flush(self):
-        if self.rows:
-            for dataset, values in zip(self.datasets.values(), zip(*self.rows)):
-                dataset.resize(self.count, axis=0)
-                dataset[-len(values) :] = np.stack(values).astype(dataset.dtype, copy=False)
-            self.rows.clear()
+    def finish(self, class_names, preparation):
+        """Write the tables; mark the files with the text that all files of one preparation share."""
+        bboxes, records = zip(*self.rows)
+        tables = {
+            'bboxes': np.array(bboxes, np.float32),
+            'binary': np.array([[record.species] for record in records], np.uint8),
+            'breeds': np.array([[record.breed] for record in records], np.int16),
+            'names': np.array([record.name.encode() for record in records]),
+        }
+        for stem, file in self.files.items():
+            if stem in tables:
+                file[stem] = tables[stem]
+            else:
+                file[stem].resize(len(records), axis=0)  # without the unreadable images
+            write_text(file[stem].attrs, 'preparation', preparation)
+        write_text(self.files['breeds']['breeds'].attrs, 'class_names', class_names)
 
-    def finish(self, preparation):
-        """Write what is left; mark the files with the text that all files of one preparation share."""
-        self._flush()
-        for dataset in self.datasets.values():
-            write_text(dataset.attrs, 'preparation', preparation)
+    def summary(self):
+        """The split's row of the printed table."""
+        species = Counter(record.species for _, record in self.rows)
+        breeds = {record.breed for _, record in self.rows}
+        return len(self.rows), self.labels['masks'], self.labels['boxes'], species[0], species[1], len(breeds)
 
 
 def refuse_to_replace_others(path):
@@ -280,7 +263,6 @@ def prepare(source, out, size, shares, seed, limit, options):
     out = Path(out)
     records = limited(in_strata_order(source.records, seed), limit)
     splits = split_records(records, shares)
-    longest_name = max((len(record.name.encode()) for record in records), default=1)
     unreadable = Counter()
 
     def warn(error, kind='annotation'):
@@ -301,7 +283,7 @@ def prepare(source, out, size, shares, seed, limit, options):
                 for stem, path in targets[split].items():
                     new_files.append(renames.enter_context(replacing(path)))
                     files[stem] = open_files.enter_context(create_h5(new_files[-1]))
-                writer = writers[split] = SplitWriter(files, size, source.class_names, longest_name)
+                writer = writers[split] = SplitWriter(files, len(splits[split]), size)
                 for record in sorted(splits[split]):
                     stop.check()
                     try:
@@ -310,19 +292,18 @@ def prepare(source, out, size, shares, seed, limit, options):
                         warn(error, 'image')
                     digest.update(f'\n{split} {record.name}'.encode())
                     bar.update()
-                if not writer.count:
+                if not writer.rows:
                     raise InputError(
                         f'{out}: the {split} split is empty; there are {len(records)} images for the shares '
                         f'{shares}; take more or other shares'
                     )
             for writer in writers.values():
-                writer.finish(digest.hexdigest()[:16])
+                writer.finish(source.class_names, digest.hexdigest()[:16])
         for path in new_files:
             sync(path)  # before the first is renamed
     print(f'{"split":8}{"images":>8}{"masks":>8}{"boxes":>8}{"cats":>8}{"dogs":>8}{"breeds":>8}')
     for split, writer in writers.items():
-        counts = ''.join(f'{writer.counts[key]:8}' for key in ('masks', 'boxes', 'cats', 'dogs'))
-        print(f'{split:8}{writer.count:8}{counts}{len(writer.breeds):8}')
+        print(f'{split:8}' + ''.join(f'{count:8}' for count in writer.summary()))
     for kind, count in sorted(unreadable.items()):
         print(f'unreadable {kind}s left out: {count} (named in the warnings above)')
     print(f'written to {out}; next: python data_rechunk.py --data {out}')
@@ -347,13 +328,8 @@ def main(argv=None):
     add('--download', action='store_true', help='fetch Oxford-IIIT Pet into --root first, or into datasets/')
     add('--out', default='datasets/data_new', metavar='DIR', help='where the splits go (default: %(default)s)')
     add('--size', type=int, default=256, metavar='PIXELS', help='stored width and height (default: %(default)s)')
-    add(
-        '--split',
-        type=parse_shares,
-        default='80-10-10',
-        metavar='A-B-C',
-        help='train, val, test (default: %(default)s)',
-    )
+    shares = 'shares of train, val and test (default: %(default)s)'
+    add('--split', type=parse_shares, default='80-10-10', metavar='A-B-C', help=shares)
     add('--seed', type=whole_number(0), default=0, help='of the split and of drawing (default: %(default)s)')
     add('--border', choices=BORDER, default='pet', help="what the trimap's border counts as (default: %(default)s)")
     add('--limit', type=whole_number(1), metavar='N', help='take N images, stratified (default: all, or 1200 drawn)')

@@ -4,7 +4,7 @@
     python data_rechunk.py --data DIR           # the same files under another folder
 
 Afterwards `images.h5` holds `chunked_images` beside `images`, `masks.h5` holds `chunked_masks`, and so on:
-two names of the same data, stored once. Expect a few seconds a gigabyte and a line for each file. A second
+two names of the same data, stored once. Expect a few seconds per gigabyte and a line per file. A second
 run finds nothing to do.
 
 A file is never changed in place: the new one is written beside it, read back, compared and renamed, so a
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from support.child import in_own_process
 from support.cli import InputError, run_script
 from support.files import lock_folder, replacing
 from support.hdf5 import (
@@ -32,7 +33,6 @@ from support.hdf5 import (
     create_h5,
     find_dataset,
     has_own,
-    in_own_process,
     is_rechunked,
     reading_h5,
     target_chunks,
@@ -77,15 +77,25 @@ def same_bytes(one, two):
     return np.array_equal(one.reshape(-1).view(word), two.reshape(-1).view(word))
 
 
+def check_range(path, images, start):
+    """Raises InputError for values outside 0 to 255; `start` is the number of the first image of `images`."""
+    for number, image in enumerate(images, start):
+        low, high = image.min(), image.max()
+        if not (low >= 0 and high <= 255):
+            value = high if low >= 0 else low
+            raise InputError(f'{path}: sample {number} holds {value:g}; images are expected as 0 to 255')
+
+
 def copy_rechunked(source, path, dtype, checksums):
     """Copy a dataset and what else its file holds to a new file, as `dtype` and in `target_chunks`.
 
-    Each slab is read back and compared. Raises LossyConversion, and OSError for a failed write.
+    Each slab is read back and compared. Raises LossyConversion, InputError for images that are not 0 to 255, and
+    OSError for a failed write.
     """
     stem = source.name.strip('/').removeprefix('chunked_')
     with create_h5(path) as file:
         target = file.create_dataset(stem, source.shape, dtype, chunks=target_chunks(source), fletcher32=checksums)
-        file[f'chunked_{stem}'] = target  # the name that the original's data loader asks for
+        file[f'chunked_{stem}'] = target  # the name that the study's data loader asks for
         copy_attributes(source, target)
         copy_attributes(source.file, file)
         for name in source.file:
@@ -99,13 +109,15 @@ def copy_rechunked(source, path, dtype, checksums):
         for start in tqdm(starts, desc=title, unit='slab', leave=False, disable=None):
             part = slice(start, start + starts.step)
             slab = np.ascontiguousarray(convert(source[part], target.dtype))
+            if stem == 'images' and slab.dtype != np.uint8:
+                check_range(source.file.filename, slab, start)
             target[part] = slab
             if not same_bytes(slab, target[part]):
                 raise OSError(errno.EIO, 'what was read back differs from what was written', str(path))
 
 
 def find_source(file, stem):
-    """The dataset to rechunk; a file may hold nothing but the original's `chunked_` copy."""
+    """The dataset to rechunk; a file may hold nothing but the study's `chunked_` copy."""
     return find_dataset(file, stem if has_own(file, stem) else f'chunked_{stem}')
 
 
@@ -135,7 +147,7 @@ def rechunk_file(path, force=False, checksums=False):
     type otherwise. Raises InputError for a file that is missing, damaged or of another shape.
     """
     path = Path(path)
-    seconds = 60 + size_of(path) // 10**6  # of CPU time; nothing takes a second for a megabyte
+    seconds = 60 + size_of(path) // 10**6  # of CPU time; a valid file takes far less than a second per MB
     if not in_own_process(seconds, needs_rechunking, path, checksums) and not force:
         return None
     with lock_folder(os.path.dirname(os.path.realpath(path))), replacing(path) as new_path:

@@ -19,29 +19,20 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import ops, tv_tensors
 from torchvision.transforms import v2
 
-from support.cli import InputError, ignore_signals, reason, signals_blocked
+from support.cli import InputError, ignore_signals, signals_blocked
 from support.device import seed_everything
 from support.distributed import get_rank, get_world_size
-from support.hdf5 import (
-    H5_ERRORS,
-    LARGEST_SIDE,
-    MASK_UNKNOWN,
-    SPLITS,
-    SampleReader,
-    check_split,
-    fingerprint,
-    is_image_size,
-    read_class_names,
-)
+from support.hdf5 import H5_ERRORS, LARGEST_SIDE, MASK_UNKNOWN, SPLITS, SampleReader, fingerprint, is_image_size
+from support.splits import open_split
 
 # Of the training images, per RGB channel, for values in [0, 1].
 MEAN = (0.4773, 0.4458, 0.3949)
 STD = (0.2280, 0.2255, 0.2280)
 
-SPECIES = ('cat', 'dog')
 SMALLEST_BOX = 0.02  # of the image's side: augmentation drops boxes of which less is left
 JITTER = 0.3  # strength of `colour_jitter` in training
 MASK_REPEATS = 3  # how often a masked image comes in an epoch where masks are rare
+LOADING, TRAINING = 0, 1  # what a batch's two random seeds are for
 
 
 # ---- pixels
@@ -113,15 +104,19 @@ class MTLDataset(Dataset):
 
     Args:
         type: the split, 'train', 'val' or 'test'.
-        transform: called with (Image (3, H, W) uint8, BoundingBoxes (1, 4) in pixels, Mask (1, H, W) uint8
-            with 255 for unknown pixels) and returns the same; an unknown box or mask has 0 in place of the
-            leading 1. `training_transform` makes one. Normalisation comes after it.
-        jitter: strength of `colour_jitter` after the transform.
+        transform: called with (Image (3, H, W), uint8, or float32 in [0, 1] if stored as float; BoundingBoxes
+            (1, 4) in pixels; Mask (1, H, W) uint8 with 255 for unknown pixels) and returns the same; an unknown
+            box or mask has 0 in place of the leading 1. `training_transform` makes one. Normalisation comes
+            after it.
         root: the folder with train/, val/ and test/.
         label: 'breed' (breeds.h5), 'species' (binary.h5) or 'auto': the breed if there is a breeds.h5.
+        jitter: strength of `colour_jitter` after the transform, in [0, 1).
 
     Attributes:
+        folder: Path of the split.
         class_names: list of str, the name of each label.
+        labels: (N,) int64 array, -1 unknown.
+        bboxes: (N, 4) float32 array in pixels of the stored images, NaN unknown.
         image_size: (height, width) of the stored images.
         preparation: str that all files of one preparation share, None for files made elsewhere.
         labelled: {'class', 'mask', 'box': (N,) bool array, whether the sample has it}.
@@ -137,29 +132,19 @@ class MTLDataset(Dataset):
         self.folder = Path(root) / type
         self.transform, self.jitter = transform, jitter
         self._readers, self._pid = {}, None
-        files = check_split(self.folder, needed=('breeds',) if label == 'breed' else ())
-        self.image_size, self.preparation = files.image_size, files.preparation
-        self._fingerprints = files.fingerprints
-        species = self._check_labels('binary', files.tables['binary'], len(SPECIES))
-        if label == 'species' or label == 'auto' and 'breeds' not in files.tables:
-            self.class_names, self.labels = list(SPECIES), species
-        else:
-            self.class_names = read_class_names(self._path('breeds'))
-            self.labels = self._check_labels('breeds', files.tables['breeds'], len(self.class_names))
-        self.bboxes = self._check_boxes(files.tables['bboxes'])
-        self.labelled = {
-            'class': self.labels >= 0,
-            'mask': self._find_masks(),
-            'box': ~np.isnan(self.bboxes).any(axis=1),
-        }
+        split = open_split(self.folder, label)
+        self.image_size, self.preparation, self._fingerprints = split[:3]
+        self.class_names, self.labels, self.bboxes = split.class_names, split.labels, split.bboxes
+        self.labelled = {'class': split.labels >= 0, 'mask': split.has_mask, 'box': ~np.isnan(split.bboxes).any(axis=1)}
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
         if not isinstance(index, list):
-            return Sample(*(part[0] for part in self[[range(len(self))[index]]]))
-        images, boxes, masks = (self._read_batch if self.transform is None else self._transform_batch)(index)
+            position = range(len(self))[index]  # also a negative one; raises IndexError
+            return Sample(*(field[0] for field in self[[position]]))
+        images, boxes, masks = self._read_batch(index) if self.transform is None else self._transform_batch(index)
         if self.jitter:
             images = colour_jitter(v2.functional.to_dtype(images, torch.float32, scale=True), self.jitter)
         return Sample(
@@ -170,22 +155,17 @@ class MTLDataset(Dataset):
         )
 
     def _read_batch(self, indices):
-        """As stored: images (N, 3, H, W), boxes (N, 4) in pixels and uint8 masks (N, 1, H, W)."""
+        """As stored: images (N, 3, H, W), uint8 or float32 in [0, 1], boxes (N, 4) float32 in pixels and uint8
+        masks (N, 1, H, W)."""
         reader = self._reader('images')
         images = np.empty((len(indices), *reader.shape), reader.dtype)
         masks = np.full((len(indices), *self.image_size, 1), MASK_UNKNOWN, np.uint8)
         for row, index in enumerate(indices):
-            self._read('images', index, images[row])
+            reader.read(index, images[row])
             if self.labelled['mask'][index]:
-                self._read('masks', index, masks[row])
+                self._reader('masks').read(index, masks[row])
         images, masks = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in (images, masks))
         if images.is_floating_point():
-            wrong = ~images.isfinite().flatten(1).all(dim=1)
-            if wrong.any():
-                raise InputError(
-                    f'{self._path("images")}: sample {indices[int(wrong.nonzero()[0])]} holds NaN or infinity; '
-                    'make the file again'
-                )
             images /= 255  # stored as 0-255 whatever the type; torchvision's floats are 0-1
         return images, torch.from_numpy(self.bboxes[indices]), masks
 
@@ -225,83 +205,23 @@ class MTLDataset(Dataset):
         """Indices (list of int) of the samples that have a label for at least one of `tasks`."""
         return np.flatnonzero(np.any([self.labelled[task] for task in tasks], axis=0)).tolist()
 
-    # ---- reading
-
     def __getstate__(self):
         return {**self.__dict__, '_readers': {}, '_pid': None}
-
-    def _path(self, stem):
-        return self.folder / f'{stem}.h5'
 
     def _reader(self, stem):
         if self._pid != os.getpid():  # first use, or a forked worker, which must not share handles
             self._readers, self._pid = {}, os.getpid()
         if stem not in self._readers:
+            path = self.folder / f'{stem}.h5'
             try:
-                reader = SampleReader(self._path(stem), f'chunked_{stem}')
+                reader = SampleReader(path)
                 same = fingerprint(reader.dataset) == self._fingerprints[stem]
             except H5_ERRORS:
                 same = False
             if not same:
-                raise InputError(f'{self._path(stem)}: was replaced by other data while in use; start again')
+                raise InputError(f'{path}: was replaced by other data while in use; start again')
             self._readers[stem] = reader
         return self._readers[stem]
-
-    def _read(self, stem, index, out):
-        try:
-            self._reader(stem).read(index, out)
-        except H5_ERRORS as error:
-            raise InputError(
-                f'{self._path(stem)}: sample {index} is damaged ({reason(error)}); make the file again'
-            ) from None
-
-    # ---- checks of the values
-
-    def _check_labels(self, stem, table, n_classes):
-        """(N, 1) numbers -> (N,) int64 labels, -1 where unknown."""
-        values = table[:, 0]
-        wrong = np.flatnonzero(~((values >= -1) & (values < n_classes) & (values == np.rint(values))))
-        if len(wrong):
-            raise InputError(
-                f'{self._path(stem)}: sample {wrong[0]} has label {float(values[wrong[0]]):g}; '
-                f'expected a whole number from 0 to {n_classes - 1}, or -1 for unknown'
-            )
-        return values.astype(np.int64)
-
-    def _check_boxes(self, table):
-        """(N, 4) numbers -> (N, 4) float32 in pixels, NaN where unknown."""
-        boxes = table.astype(np.float32)
-        height, width = self.image_size
-        known = ~np.isnan(boxes).any(axis=1)
-        # A pixel of slack: a box may be given by its first and last pixel, or rounded.
-        low, high = (boxes >= -1).all(axis=1), (boxes <= (width + 1, height + 1) * 2).all(axis=1)
-        wrong = np.flatnonzero(known & ~(low & high & (boxes[:, :2] < boxes[:, 2:]).all(axis=1)))
-        if len(wrong):
-            raise InputError(
-                f'{self._path("bboxes")}: sample {wrong[0]} has the box {boxes[wrong[0]].tolist()}; expected '
-                f'xmin < xmax and ymin < ymax within an image of {width} x {height} pixels'
-            )
-        boxes[~known] = np.nan
-        return boxes
-
-    def _find_masks(self):
-        """(N,) bool: whether any pixel of the mask is known."""
-        path, reader = self._path('masks'), self._reader('masks')
-        known, counts = np.empty(len(self), bool), np.zeros(256, np.int64)
-        mask = np.empty(reader.shape, reader.dtype)
-        for index in range(len(self)):
-            self._read('masks', index, mask)
-            values = np.bincount(mask.ravel(), minlength=256)
-            if values[2:MASK_UNKNOWN].any():
-                raise InputError(
-                    f'{path}: sample {index} holds {2 + values[2:].nonzero()[0][0]}; a mask holds 0, 1 and '
-                    f'{MASK_UNKNOWN} for unknown'
-                )
-            known[index] = values[:2].any()
-            counts += values
-        if counts[MASK_UNKNOWN] and counts[0] and not counts[1]:
-            raise InputError(f'{path}: holds 0 and 255 but no 1; 255 means unknown, the pet is 1')
-        return known
 
 
 # ---- the splits of a run
@@ -320,14 +240,14 @@ def load_splits(root, tasks, limit=None):
         raise InputError(
             f'{root}: images of {width} x {height} pixels; the networks take multiples of 16 from 64 to {LARGEST_SIDE}'
         )
-    parts = {}
+    subsets = {}
     for split, dataset in datasets.items():
         indices = dataset.with_labels(tasks)
         count = min(len(indices), limit or len(indices))
-        parts[split] = Subset(dataset, [indices[i * len(indices) // count] for i in range(count)])
-    if not len(parts['train']):
+        subsets[split] = Subset(dataset, [indices[i * len(indices) // count] for i in range(count)])
+    if not len(subsets['train']):
         raise InputError(f'{datasets["train"].folder}: no sample has a label for {" or ".join(tasks)}')
-    return parts
+    return subsets
 
 
 def check_same_preparation(datasets):
@@ -340,44 +260,57 @@ def check_same_preparation(datasets):
             )
 
 
-def count_labels(part):
+def count_labels(subset):
     """{'images', 'mask', 'class', 'box': number of samples of the Subset that have it}."""
-    labelled = part.dataset.labelled
-    return {'images': len(part), **{task: int(known[part.indices].sum()) for task, known in labelled.items()}}
+    labelled = subset.dataset.labelled
+    return {'images': len(subset), **{task: int(known[subset.indices].sum()) for task, known in labelled.items()}}
 
 
 # ---- the batches of an epoch
 
 
 def training_size(epoch, epochs, image_size):
-    """(height, width) to train at in `epoch` of `epochs`: half of the stored images' size for 65 % of the
-    epochs, three quarters for 30 %, then all of it.
+    """(height, width) in pixels to train at in `epoch`, from 1, of `epochs`.
 
-    Small images show most of what there is to learn at a quarter of the cost (progressive resizing: Howard,
-    fast.ai on DAWNBench, 2018). Evaluation is at the stored size.
+    Half of the stored images' size for the first 65 % of the epochs, three quarters for the next 30 %, then
+    all of it, which needs 20 epochs or more; rounded down to a multiple of 16, at least 64. Small images show
+    most of what there is to learn at a quarter of the cost (progressive resizing: Howard, fast.ai on DAWNBench,
+    2018). Evaluation is at the stored size.
     """
     done = (epoch - 1) / epochs
     scale = 2 / 4 if done < 0.65 else 3 / 4 if done < 0.95 else 1
     return tuple(max(64, int(side * scale) // 16 * 16) for side in image_size)
 
 
-def epoch_positions(part):
-    """The positions in the Subset `part` that an epoch draws from, (M,) int64.
+def epoch_positions(subset):
+    """The positions in the Subset that an epoch draws from, (M,) int64.
 
     If under a third of the images have masks, masked images are oversampled 3x; or most of the time would go
     to images that teach the decoder nothing.
     """
-    positions = torch.arange(len(part))
-    has_mask = torch.from_numpy(part.dataset.labelled['mask'][part.indices])
-    if 0 < MASK_REPEATS * has_mask.sum() < len(part):
+    positions = torch.arange(len(subset))
+    has_mask = torch.from_numpy(subset.dataset.labelled['mask'][subset.indices])
+    if 0 < MASK_REPEATS * has_mask.sum() < len(subset):
         positions = torch.cat([positions, positions[has_mask].repeat(MASK_REPEATS - 1)])
     return positions
 
 
-def split_batches(order, batch_size):
-    """This rank's shares of the batches of `order`, the same positions on every rank: a list of lists.
+def steps_per_epoch(positions, batch_size):
+    """The number of batches of an epoch; raises InputError for batches with fewer images than ranks."""
+    steps = math.ceil(len(positions) / batch_size)
+    if len(positions) // steps < get_world_size():
+        raise InputError(
+            f'batches of {len(positions) // steps} images cannot be shared by {get_world_size()} processes; '
+            'start fewer, or give a larger --batch-size'
+        )
+    return steps
 
-    A batch has at most `batch_size` positions over all ranks; sizes differ by one at most.
+
+def split_batches(order, batch_size):
+    """This rank's share of each batch of `order`: a list of lists of positions.
+
+    `order` must be the same on every rank. A batch has at most `batch_size` positions over all ranks, and the
+    sizes of batches differ by one at most; a rank gets every world_size-th position of a batch.
     """
     batches = torch.as_tensor(order).tensor_split(max(1, math.ceil(len(order) / batch_size)))
     return [batch[get_rank() :: get_world_size()].tolist() for batch in batches]
@@ -389,23 +322,27 @@ class EpochBatches(Dataset):
     Each batch is drawn from a seed of its own, so neither the number of workers nor a stop changes it.
     """
 
-    def __init__(self, part, batches, seed, epoch):
-        self.part, self.batches, self.key = part, batches, (seed, epoch)
+    def __init__(self, subset, batches, seed, epoch):
+        self.subset, self.batches, self.key = subset, batches, (seed, epoch)
 
     def __len__(self):
         return len(self.batches)
 
     def __getitem__(self, number):
-        self.seed(number, 0)
-        return self.part[self.batches[number]]
+        self.seed(number, LOADING)
+        return self.subset[self.batches[number]]
 
     def seed(self, number, use):
-        """Seed this process for loading (`use` 0) or training on (`use` 1) batch `number`."""
+        """Seed this process for batch `number`; `use` is LOADING or TRAINING."""
         seed_everything(*self.key, number + 1, 2 * get_rank() + use)
+
+    def count(self, steps):
+        """The number of samples in the first `steps` batches."""
+        return sum(map(len, self.batches[:steps]))
 
     def indices(self, number):
         """The samples of batch `number`, as indices in the split's files."""
-        return [self.part.indices[position] for position in self.batches[number]]
+        return [self.subset.indices[position] for position in self.batches[number]]
 
     def loader(self, start, workers, device):
         """A DataLoader of the batches from `start` on."""
@@ -419,13 +356,13 @@ class EpochBatches(Dataset):
         )
 
 
-def evaluation_loader(part, batch_size, workers):
-    """A DataLoader of this rank's share of a Subset or MTLDataset, in order."""
-    batches = [batch for batch in split_batches(range(len(part)), batch_size) if batch]
-    return DataLoader(part, batch_size=None, sampler=batches, num_workers=workers, worker_init_fn=ignore_signals)
+def evaluation_loader(dataset, batch_size, workers):
+    """A DataLoader of this rank's share of an MTLDataset or a Subset of one, in order."""
+    batches = [batch for batch in split_batches(range(len(dataset)), batch_size) if batch]
+    return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers, worker_init_fn=ignore_signals)
 
 
 def iter_loader(loader):
-    """`iter(loader)`, with signals held off from its workers until they ignore them."""
+    """`iter(loader)`; signals do not reach its workers before they ignore them."""
     with signals_blocked():
         return iter(loader)

@@ -8,7 +8,8 @@ The training scripts say which network and which weighting of the tasks' losses;
 A run writes last.pt (all that --resume needs), log.csv, curves.png, best.pt (the model with the best
 validation Dice) and, at the end, metrics.json with the test metrics of best.pt. On a CPU, a run that was
 stopped or killed and resumed ends with the same weights as one that was not, bit for bit: every random
-number comes from a seed made of --seed, the epoch and the step.
+number comes from a seed made of --seed, the epoch and the step. Augmentation, image size and batches of an
+epoch are in dataloader_mtl.py, losses and metrics in utils.py.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from dataloader_mtl import (
     JITTER,
+    TRAINING,
     EpochBatches,
     Sample,
     count_labels,
@@ -34,10 +36,11 @@ from dataloader_mtl import (
     iter_loader,
     load_splits,
     split_batches,
+    steps_per_epoch,
     training_size,
     training_transform,
 )
-from models import load_model, model_content, network_arguments
+from models import load_model, model_content
 from support.checkpoint import TRAINING_FORMAT, find_checkpoint, is_finite, load_checkpoint, save_checkpoint, save_last
 from support.cli import InputError, Stopped, StopRequest, positive_number, reason, whole_number
 from support.device import choose_device, has_fast_bfloat16, keep_freed_memory, seed_everything
@@ -59,39 +62,20 @@ def training_parser(description, out):
     """The options that all training scripts share; the defaults are the recipe of the README."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        '--data',
-        default='datasets/data_new',
-        metavar='DIR',
-        help='prepared and rechunked splits (default: %(default)s)',
-    )
+    add('--data', default='datasets/data_new', metavar='DIR', help='folder of the splits (default: %(default)s)')
     add('--epochs', type=whole_number(1), default=30, help='passes over the data (default: %(default)s)')
-    add('--batch-size', type=whole_number(1), default=16, help='default: %(default)s')
+    add('--batch-size', type=whole_number(1), default=16, help='over all processes (default: %(default)s)')
     add('--lr', type=positive_number, default=3e-3, help='highest learning rate (default: %(default)s)')
-    add('--seed', type=whole_number(0), default=0, help='of weights, order, augmentation (default: %(default)s)')
-    add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='default: %(default)s')
+    add('--seed', type=whole_number(0), default=0, help='random seed of the run (default: %(default)s)')
+    add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='where to train (default: %(default)s)')
     add('--workers', type=whole_number(0), default=1, help='processes that load data (default: %(default)s)')
-    add('--out', default=out, metavar='DIR', help=f"the run's folder (default: {out or 'runs/NAME'})")
-    add(
-        '--resume',
-        nargs='?',
-        const='last',
-        choices=('last', 'auto'),
-        help='go on from last.pt in --out; auto: start if there is none',
-    )
-    add(
-        '--checkpoint-minutes',
-        type=positive_number,
-        default=10,
-        metavar='MINUTES',
-        help='write last.pt this often within an epoch (default: %(default)s)',
-    )
-    add(
-        '--limit-batches',
-        type=whole_number(1),
-        metavar='N',
-        help='take N times the batch size of each split only, for a quick trial',
-    )
+    add('--out', default=out, metavar='DIR', help=f"the run's folder (default: {out})")
+    resume = 'continue from last.pt in --out; auto: start if there is none'
+    add('--resume', nargs='?', const='last', choices=('last', 'auto'), help=resume)
+    often = 'minutes between two checkpoints within an epoch (default: %(default)s)'
+    add('--checkpoint-minutes', type=positive_number, default=10, metavar='M', help=often)
+    few = 'for a trial: use at most N times --batch-size images of each split'
+    add('--limit-batches', type=whole_number(1), metavar='N', help=few)
     return parser
 
 
@@ -152,16 +136,16 @@ def train_one_epoch(run, loader, description, before_step=lambda: None):
     a loss that is not finite.
     """
     run.model.train()
-    epoch = loader.dataset
-    total_samples, done = (sum(map(len, epoch.batches[:end])) for end in (None, run.steps))
+    batches = loader.dataset
+    total_samples, done = batches.count(len(batches)), batches.count(run.steps)
     disable = None if is_main_process() else True  # None: a bar on a terminal, none in a log
     with tqdm(total=total_samples, initial=done, desc=description, unit='img', leave=False, disable=disable) as bar:
         for batch in iter_loader(loader):
             before_step()
-            epoch.seed(run.steps, 1)
+            batches.seed(run.steps, TRAINING)
             total, losses = run.objective(to_device(batch, run.device))
             if not all(all_gather(bool(total.isfinite()))):
-                raise not_finite(description, run.steps, epoch, total, losses)
+                raise not_finite(description, run.steps, batches, total, losses)
             run.optimizer.zero_grad()
             total.backward()
             run.optimizer.step()
@@ -176,19 +160,19 @@ def train_one_epoch(run, loader, description, before_step=lambda: None):
     return run.losses.result()
 
 
-def not_finite(description, step, epoch, total, losses):
+def not_finite(description, step, batches, total, losses):
     """The InputError for a loss that is not finite."""
     shown = ', '.join(f'{task} {loss.item():.3g}' for task, (loss, _) in losses.items())
     return InputError(
-        f'{description}, step {step + 1} of {len(epoch)}: the loss is {total.item()} ({shown}) for the samples '
-        f'{" ".join(map(str, sorted(epoch.indices(step))))} of {epoch.part.dataset.folder}; nothing was saved '
-        'since; try a lower --lr, with --resume or another --out, or look at these samples'
+        f'{description}, step {step + 1} of {len(batches)}: the loss is {total.item()} ({shown}) for the samples '
+        f'{" ".join(map(str, sorted(batches.indices(step))))} of {batches.subset.dataset.folder}; earlier checkpoints '
+        'are kept; try a lower --lr, with --resume or another --out, or look at these samples'
     )
 
 
 @torch.inference_mode()
-def evaluate(model, part, device, batch_size=32, workers=0, bfloat16=False, before_batch=lambda: None):
-    """The metrics of `model` on `part`, a Subset or an MTLDataset: means over the samples that have the label.
+def evaluate(model, dataset, device, batch_size=32, workers=0, bfloat16=False, before_batch=lambda: None):
+    """The metrics of `model` on an MTLDataset or a Subset of one: means over the samples that have the label.
 
     Returns {metric of METRICS or 'loss_<task>': float} over all ranks, without tasks that the network does not
     have or that no sample has a label for. Evaluation mode; the model's mode is restored.
@@ -196,7 +180,7 @@ def evaluate(model, part, device, batch_size=32, workers=0, bfloat16=False, befo
     was_training = model.training
     model.eval()
     values, losses, seen = {name: [] for name in METRICS}, MeanLosses(), 0
-    for batch in iter_loader(evaluation_loader(part, batch_size, workers)):
+    for batch in iter_loader(evaluation_loader(dataset, batch_size, workers)):
         before_batch()
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             outputs, batch = forward(model, to_device(batch, device))
@@ -208,13 +192,35 @@ def evaluate(model, part, device, batch_size=32, workers=0, bfloat16=False, befo
         losses.add(task_losses(outputs, batch))
         seen += len(batch.image)
     model.train(was_training)
-    assert sum(all_gather(seen)) == len(part), 'the loader must give each sample once'
+    assert sum(all_gather(seen)) == len(dataset), 'the loader must give each sample once'
     values = {name: [value for rank in all_gather(own) for value in rank] for name, own in values.items()}
     # fsum is exact, so the order of the samples and the number of ranks change nothing.
     return {name: math.fsum(each) / len(each) for name, each in values.items() if each} | losses.result()
 
 
 # ---- a run
+
+
+def make_optimizer(model, weighting, lr):
+    """AdamW; weight decay on the weights of convolutions and linear layers alone."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1] + list(weighting.parameters())
+    groups = [{'params': matrices, 'weight_decay': 0.05}, {'params': others, 'weight_decay': 0}]
+    return torch.optim.AdamW(groups, lr, fused=True)
+
+
+def make_schedule(optimizer, lr, total_steps):
+    """The learning rate of each step: a warm-up to `lr` and a cosine to zero (Smith and Topin 2018).
+
+    The first of Adam's betas moves from 0.95 to 0.85 and back meanwhile.
+    """
+    # With less than 6 steps, OneCycleLR divides by zero.
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(6, total_steps), pct_start=0.2)
+
+
+def make_average(model, total_steps):
+    """The moving average of the weights over about the last twentieth of the run, which is what is evaluated."""
+    return AveragedModel(model, multi_avg_fn=moving_average(max(0, min(0.999, 1 - 20 / total_steps))), use_buffers=True)
 
 
 def moving_average(decay):
@@ -231,44 +237,32 @@ def moving_average(decay):
 
 
 class Run:
-    """All that training changes; `state` and `restore` are what last.pt holds."""
+    """All that training changes. `state` returns what last.pt holds, `restore` reads it back."""
 
-    PARTS = ('model', 'weighting', 'optimizer', 'schedule', 'average')
+    STATEFUL = ('model', 'weighting', 'optimizer', 'schedule', 'average')
 
     def __init__(self, network, weighting, dataset, total_steps, lr, device):
         self.class_names, self.image_size = dataset.class_names, dataset.image_size
         self.device, self.bfloat16 = device, has_fast_bfloat16(device)
-        model = network(**network_arguments(network, dataset.class_names))
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = network(n_classes=len(dataset.class_names)).to(device, memory_format=torch.channels_last)
         self.weighting = weighting.to(device)
         self.objective = Objective(self.model, self.weighting, self.bfloat16)
         if dist.is_initialized():
             # A batch without masks leaves the decoder without gradients.
             self.objective = DistributedDataParallel(self.objective, find_unused_parameters=True)
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1] + list(weighting.parameters())
-        groups = [{'params': matrices, 'weight_decay': 0.05}, {'params': others, 'weight_decay': 0}]
-        self.optimizer = torch.optim.AdamW(groups, lr, fused=True)
-        # Warm-up and annealing in one cycle (Smith and Topin 2018).
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            lr,
-            total_steps=max(6, total_steps),
-            pct_start=0.2,  # it fails with 5
-        )
-        # The moving average of the weights over about a twentieth of the run is what is evaluated.
-        decay = max(0, min(0.999, 1 - 20 / total_steps))
-        self.average = AveragedModel(self.model, multi_avg_fn=moving_average(decay), use_buffers=True)
+        self.optimizer = make_optimizer(self.model, weighting, lr)
+        self.schedule = make_schedule(self.optimizer, lr, total_steps)
+        self.average = make_average(self.model, total_steps)
         self.history, self.best, self.best_model = [], None, None  # a row for each epoch; the best of them
         self.start_epoch()
 
     def start_epoch(self, steps=0, losses=None, seconds=0.0):
-        """Of the epoch under way: steps done, their losses, seconds spent before this process."""
+        """Of the current epoch: steps done, their losses, seconds spent before this process."""
         self.steps, self.losses = steps, losses or MeanLosses()
         self.started = time.perf_counter() - seconds
 
     def seconds(self):
-        """Seconds that went into the epoch under way, in this process and before."""
+        """Seconds that went into the current epoch, in this process and before."""
         return time.perf_counter() - self.started
 
     def position(self):
@@ -280,11 +274,12 @@ class Run:
         self.history.append(row)
         self.start_epoch()
         # Without masks in validation, the last epoch is the best.
-        if self.best is None or not row.get('val_dice', math.nan) <= self.best.get('val_dice', math.nan):
+        if self.best is None or 'val_dice' not in row or row['val_dice'] > self.best['val_dice']:
             self.best = row
             self.best_model = model_content(self.average.module, self.class_names, self.image_size)
 
     def state(self, config):
+        """The content of last.pt, on every rank."""
         sums, counts = self.losses.totals()
         return {
             'format': TRAINING_FORMAT,
@@ -296,32 +291,30 @@ class Run:
             'sums': sums,
             'counts': counts,
             'seconds': self.seconds(),
-            **{name: getattr(self, name).state_dict() for name in self.PARTS},
+            **{name: getattr(self, name).state_dict() for name in self.STATEFUL},
         }
 
     def restore(self, path, config):
-        """Go on from the checkpoint at `path`; raises InputError if it is damaged or of another configuration."""
+        """Continue from the checkpoint at `path`; raises InputError if it is damaged or of another configuration."""
         content = load_checkpoint(path, TRAINING_FORMAT, self.device)
         try:
             old = content['config']
-            changed = [
-                f'{key} was {old.get(key)} and is {value}' for key, value in config.items() if old.get(key) != value
-            ]
+            changed = [f'{key} was {old.get(key)} and is {new}' for key, new in config.items() if old.get(key) != new]
             if changed:
                 raise InputError(
                     f'{path}: another configuration, {", ".join(changed)}; use the same options, or another --out'
                 )
-            for name in self.PARTS:
+            for name in self.STATEFUL:
                 getattr(self, name).load_state_dict(content[name])
             if not all(is_finite(content[name]) for name in ('model', 'weighting', 'average')):
                 raise ValueError('some of its weights are not finite')
             self.history, self.best, self.best_model = (content[key] for key in ('history', 'best', 'best_model'))
-            # Rank 0 goes on with the sums over all ranks.
+            # Rank 0 continues with the sums over all ranks.
             losses = MeanLosses(content['sums'], content['counts']) if is_main_process() else None
             self.start_epoch(content['steps'], losses, content['seconds'])
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise InputError(
-                f'{path}: does not fit this training ({reason(error)}); start anew with another --out'
+                f'{path}: does not fit this training ({reason(error)}); start again with another --out'
             ) from None
 
 
@@ -347,8 +340,8 @@ class Checkpoints:
         epoch, steps = run.position()
         if not is_finite(run.model.state_dict()) or not is_finite(run.average.state_dict()):
             raise InputError(
-                f'epoch {epoch}, step {steps}: the loss was finite and the weights are not any more; what was saved '
-                'before is kept; try a lower --lr, with --resume or another --out'
+                f'epoch {epoch}, step {steps}: the loss was finite and the weights are not any more; earlier '
+                'checkpoints are kept; try a lower --lr, with --resume or another --out'
             )
         state = run.state(self.config)
         on_main_process(lambda: save_last(self.folder, state))
@@ -357,7 +350,7 @@ class Checkpoints:
         self.saved, self.time = run.position(), time.monotonic()
 
     def save_and_stop(self, stopped):
-        """Write last.pt if there is something new; returns the Stopped that says how to go on."""
+        """Write last.pt if there is something new; returns the Stopped that says how to continue."""
         if self.run.position() != self.saved:
             self.save()
         epoch, steps = self.saved
@@ -366,7 +359,7 @@ class Checkpoints:
         where = f'in epoch {epoch}, after {steps} steps of it; {self.folder}/last.pt is written'
         if epoch > self.config['epochs']:
             where = 'in the test'
-        return Stopped(stopped.number, f'stopped {where}; go on with the same command and --resume')
+        return Stopped(stopped.number, f'stopped {where}; continue with the same command and --resume')
 
 
 def write_epoch(run, folder):
@@ -376,28 +369,19 @@ def write_epoch(run, folder):
     draw_curves(run.history, PRINTED, folder / 'curves.png')
 
 
-def train(network, weighting, args, after_epoch=None):
-    """Train `network` with `weighting`, test the best epoch once; returns the content of metrics.json.
-
-    `after_epoch(row, model)`, if given, is called with each new row of log.csv and the averaged model.
-    """
+def train(network, weighting, args):
+    """Train `network` with `weighting`, test the best epoch once; returns the content of metrics.json."""
     out = Path(args.out)
     with process_group(args.device), StopRequest() as stop, ExitStack() as lock:
         on_main_process(lambda: lock.enter_context(lock_folder(out)))
         keep_freed_memory()
         seed_everything(args.seed)
         device = choose_device(args.device)
-        limit = args.limit_batches and args.limit_batches * args.batch_size
-        parts = load_splits(args.data, network.tasks, limit)
-        train_set = parts['train'].dataset
+        splits = load_splits(args.data, network.tasks, args.limit_batches and args.limit_batches * args.batch_size)
+        train_set = splits['train'].dataset
         train_set.jitter = JITTER
-        positions = epoch_positions(parts['train'])
-        steps = math.ceil(len(positions) / args.batch_size)
-        if len(positions) // steps < get_world_size():
-            raise InputError(
-                f'batches of {len(positions) // steps} images cannot be shared by {get_world_size()} processes; '
-                'start fewer, or give a larger --batch-size'
-            )
+        positions = epoch_positions(splits['train'])
+        steps = steps_per_epoch(positions, args.batch_size)
         run = Run(network, weighting, train_set, steps * args.epochs, args.lr, device)
         config = {
             'network': network.__name__,
@@ -406,41 +390,34 @@ def train(network, weighting, args, after_epoch=None):
             'precision': 'bfloat16' if run.bfloat16 else 'float32',
             'device': device.type,
             'processes': get_world_size(),
-            'train_samples': len(parts['train']),
+            'train_samples': len(splits['train']),
             'preparation': train_set.preparation,
             **{name: getattr(args, name) for name in ('data', 'epochs', 'batch_size', 'lr', 'seed', 'limit_batches')},
         }
         path = on_main_process(lambda: find_checkpoint(out, args.resume))
         if path:
             run.restore(path, config)
-            print_once(f'going on from {path}, epoch {len(run.history) + 1}, step {run.steps} of {steps}')
+            print_once(f'resuming from {path}, epoch {len(run.history) + 1}, step {run.steps} of {steps}')
             if run.history:
                 on_main_process(lambda: write_epoch(run, out))
         print_once(', '.join(f'{name} {value}' for name, value in config.items()))
         checkpoints = Checkpoints(run, config, out, args.checkpoint_minutes, stop)
-        # Several ranks look at the flag before each step, where all of them come by.
+        # Several ranks check for a signal in `before_step` alone, so that all of them stop before the same step.
         check = stop.check if get_world_size() == 1 else lambda: None
         try:
             for epoch in range(len(run.history) + 1, args.epochs + 1):
-                size = training_size(epoch, args.epochs, train_set.image_size)
-                train_set.transform = training_transform(*size)
-                shuffle = torch.Generator().manual_seed(seed_everything(args.seed, epoch))
-                order = positions[torch.randperm(len(positions), generator=shuffle)]
-                batches = EpochBatches(parts['train'], split_batches(order, args.batch_size), args.seed, epoch)
+                train_set.transform = training_transform(*training_size(epoch, args.epochs, train_set.image_size))
+                seed_everything(args.seed, epoch)
+                order = positions[torch.randperm(len(positions))]
+                batches = EpochBatches(splits['train'], split_batches(order, args.batch_size), args.seed, epoch)
                 loader = batches.loader(run.steps, args.workers, device)
                 losses = train_one_epoch(run, loader, f'epoch {epoch}/{args.epochs}', checkpoints.before_step)
                 train_seconds = run.seconds()
                 if dist.is_initialized():  # BatchNorm's statistics differ between ranks; rank 0's are saved
                     for buffer in run.average.buffers():
                         dist.broadcast(buffer, 0)
-                metrics = evaluate(
-                    run.average.module,
-                    parts['val'],
-                    device,
-                    workers=args.workers,
-                    bfloat16=run.bfloat16,
-                    before_batch=check,
-                )
+                options = {'workers': args.workers, 'bfloat16': run.bfloat16, 'before_batch': check}
+                metrics = evaluate(run.average.module, splits['val'], device, **options)
                 row = {
                     'epoch': epoch,
                     'lr': run.schedule.get_last_lr()[0],
@@ -453,11 +430,8 @@ def train(network, weighting, args, after_epoch=None):
                 run.end_epoch(row)
                 checkpoints.save()
                 print_once(epoch_line(row, args.epochs))
-                if after_epoch:
-                    after_epoch(row, run.average.module)
-                    run.start_epoch()
             model = load_model(out / 'best.pt', device)
-            test = evaluate(model, parts['test'], device, workers=args.workers, before_batch=check)
+            test = evaluate(model, splits['test'], device, workers=args.workers, before_batch=check)
         except Stopped as stopped:
             raise checkpoints.save_and_stop(stopped) from None
 
@@ -468,7 +442,7 @@ def train(network, weighting, args, after_epoch=None):
             'best_epoch': best['epoch'],
             'training_seconds': sum(row['total_seconds'] for row in run.history),
             'config': config | {'workers': args.workers},
-            'data': {split: count_labels(part) for split, part in parts.items()},
+            'data': {split: count_labels(subset) for split, subset in splits.items()},
             'parameters': sum(p.numel() for p in model.parameters()),
             'learned_weighting': {name: p.item() for name, p in weighting.named_parameters()},
         }

@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
     """What a network returns; a task that it does not have is None."""
 
     label: torch.Tensor | None  # (N, n_classes) class logits
-    mask: torch.Tensor | None  # (N, c_out_seg, H, W) mask logits
+    mask: torch.Tensor | None  # (K, c_out_seg, H, W) mask logits; K is N, or the number of decoded images
     bbox: torch.Tensor | None  # (N, 4) xmin, ymin, xmax, ymax in [0, 1], xmin <= xmax, ymin <= ymax
 
 
@@ -138,16 +138,21 @@ def select_rows(x, chosen):
 
 
 class SharedEncoderNet(nn.Module):
-    """One encoder and the parts for `tasks`, out of 'mask', 'class' and 'box'.
+    """One encoder, and a decoder or head for each of `tasks`, out of 'mask', 'class' and 'box'.
 
-    `forward(x)` returns Outputs. With `decode`, a bool tensor (N,), the mask logits are those of the chosen
-    images only, None if there are none: in training, images without a mask skip the decoder. Raises
-    ValueError for sides that are not multiples of 16 from 64 up.
+    Args:
+        c_in: channels of the images.
+        c_out_seg: channels of the mask logits.
+        n_classes: number of class logits; unused without the task 'class'.
+
+    `forward(x)` takes float images (N, c_in, H, W) and returns Outputs. With `decode`, a bool tensor (N,), only
+    the K images where it is true go through the decoder: in training, images without a mask skip it. Raises
+    ValueError for sides that are not multiples of 16 from 64 to 4,096.
     """
 
     tasks = ()
 
-    def __init__(self, c_in, c_out_seg, n_classes=None):
+    def __init__(self, c_in=3, c_out_seg=1, n_classes=37):
         super().__init__()
         self.encoder = Encoder(c_in)
         self.decoder = MaskDecoder(c_out_seg) if 'mask' in self.tasks else None
@@ -177,17 +182,11 @@ class MTLNet(SharedEncoderNet):
 
     tasks = ('mask', 'class', 'box')
 
-    def __init__(self, c_in=3, c_out_seg=1, n_classes=37):
-        super().__init__(c_in, c_out_seg, n_classes)
-
 
 class UNet(SharedEncoderNet):
     """The mask alone: the baseline."""
 
     tasks = ('mask',)
-
-    def __init__(self, c_in=3, c_out_seg=1):
-        super().__init__(c_in, c_out_seg)
 
 
 class AblatedNet(SharedEncoderNet):
@@ -195,17 +194,11 @@ class AblatedNet(SharedEncoderNet):
 
     tasks = ('mask', 'class')
 
-    def __init__(self, c_in=3, c_out_seg=1, n_classes=37):
-        super().__init__(c_in, c_out_seg, n_classes)
-
 
 class AblatedNet2(SharedEncoderNet):
     """Mask and box: MTLNet without the class."""
 
     tasks = ('mask', 'box')
-
-    def __init__(self, c_in=3, c_out_seg=1):
-        super().__init__(c_in, c_out_seg)
 
 
 NETWORKS = {network.__name__: network for network in (MTLNet, UNet, AblatedNet, AblatedNet2)}
@@ -214,18 +207,11 @@ NETWORKS = {network.__name__: network for network in (MTLNet, UNet, AblatedNet, 
 # ---- model files: best.pt and mtl_model.pt
 
 
-def network_arguments(network, class_names):
-    """The keyword arguments with which `network` is made for these classes."""
-    classes = {'n_classes': len(class_names)} if 'class' in network.tasks else {}
-    return {'c_in': 3, 'c_out_seg': 1, **classes}
-
-
 def model_content(model, class_names, image_size):
     """What a model file holds: all that rebuilds the model for prediction, the weights as a copy."""
     return {
         'format': MODEL_FORMAT,
         'network': type(model).__name__,
-        'arguments': network_arguments(model, class_names),
         'class_names': class_names,
         'image_size': list(image_size),
         'weights': copy.deepcopy(model.state_dict()),
@@ -247,27 +233,12 @@ def load_model(path='mtl_model.pt', device='cpu'):
             raise ValueError('its class names are not a list of printable names')
         if not isinstance(size, list) or [type(side) for side in size] != [int, int] or not is_image_size(*size):
             raise ValueError('its image size is not one that the networks take')
-        arguments = network_arguments(NETWORKS[name], class_names)
-        if content['arguments'] != arguments:
-            raise ValueError('other arguments')
-        with torch.device('meta'):  # allocates nothing
-            model = NETWORKS[name](**arguments)
-        check_weights(content['weights'], model.state_dict())
-        model.load_state_dict(content['weights'], assign=True)
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        with torch.device('meta'):  # without the time and the random numbers of an initialisation
+            model = NETWORKS[name](n_classes=len(class_names))
+        model.to_empty(device=device).load_state_dict(content['weights'])
+        if not is_finite(model.state_dict()):
+            raise ValueError('some of its weights are not finite')
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise InputError(f'{path}: does not fit the networks of models.py ({reason(error)}); train it again') from None
     model.class_names, model.image_size = class_names, tuple(size)
-    return model.to(device).eval()
-
-
-def check_weights(weights, expected):
-    """Raises ValueError unless `weights` is a state dict like `expected` with finite values."""
-    if not isinstance(weights, dict) or weights.keys() != expected.keys():
-        raise ValueError('its weights are of another network')
-    for name, tensor in expected.items():
-        found = weights[name]
-        kinds = [isinstance(each, torch.Tensor) and (each.shape, each.dtype, each.layout) for each in (found, tensor)]
-        if kinds[0] != kinds[1]:
-            raise ValueError(f'{name} is of another shape or type')
-    if not is_finite(weights):
-        raise ValueError('some of its weights are not finite')
+    return model.eval()

@@ -224,17 +224,14 @@ def describe(prediction):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('photographs', nargs='*', help='files to look at (default: some test pets)')
-    parser.add_argument(
-        '--model', default='mtl_model.pt', metavar='FILE', help='as train_mtl.py writes it (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--data', default='datasets/data_new', metavar='DIR', help='where the test pets are (default: %(default)s)'
-    )
-    parser.add_argument('--count', type=whole_number(1), default=6, help='how many test pets (default: %(default)s)')
-    parser.add_argument('--seed', type=whole_number(0), default=0, help='which test pets (default: %(default)s)')
-    parser.add_argument('--save-masks', metavar='DIR', help="write each photograph's mask as DIR/NAME_mask.png")
-    parser.add_argument('--out', default='mask.png', metavar='FILE', help='default: %(default)s')
+    add = parser.add_argument
+    add('photographs', nargs='*', help='files to look at (default: some test pets)')
+    add('--model', default='mtl_model.pt', metavar='FILE', help='of train_mtl.py (default: %(default)s)')
+    add('--data', default='datasets/data_new', metavar='DIR', help='of the test pets (default: %(default)s)')
+    add('--count', type=whole_number(1), default=6, help='how many test pets (default: %(default)s)')
+    add('--seed', type=whole_number(0), default=0, help='which test pets (default: %(default)s)')
+    add('--save-masks', metavar='DIR', help="write each photograph's mask as DIR/NAME_mask.png")
+    add('--out', default='mask.png', metavar='FILE', help='default: %(default)s')
     args = parser.parse_args(argv)
     if args.save_masks and not args.photographs:
         parser.error('--save-masks needs photographs')

@@ -1,11 +1,11 @@
-"""The study's open-ended question: how should the tasks' losses be weighted?
+"""The study's open-ended question (OEQ): how should the tasks' losses be weighted?
 
     python oeq_weighting.py                      # all seven, one after the other
     python oeq_weighting.py --only 80-10-10      # one of them
 
 Trains the full network once for each weighting, segmentation-class-box in per cent, equal or learned
 (uncertainty), into runs/weighting/NAME/, and prints the table sorted by test Dice. With --resume,
-finished weightings are only tested again and an unfinished one goes on.
+finished weightings are only tested again and an unfinished one is resumed.
 """
 
 from pathlib import Path
@@ -43,13 +43,13 @@ def main(argv=None):
     parser.add_argument('--only', choices=NAMES, metavar='NAME', help=f'one of {", ".join(NAMES)}')
     args = parser.parse_args(argv)
     root, rows = Path(args.out), {}
-    args.resume = args.resume and 'auto'  # some are finished, one is under way, others have not begun
+    args.resume = args.resume and 'auto'  # some may be finished, others not begun
     names = (args.only,) if args.only else NAMES
     held = [root / name for name in names if (root / name / 'last.pt').exists()]
-    if held and not args.resume and not args.only:  # stopped and resumed, it would mix runs of other options
+    if held and not args.resume and not args.only:  # a later --resume would mix runs of different options
         raise InputError(
-            f'{held[0]}: holds a run; --resume tests finished ones again and goes on with the rest; '
-            'to start anew, remove it or give another --out'
+            f'{held[0]}: holds a run; --resume tests finished ones again and continues with the rest; '
+            'to start again, remove it or give another --out'
         )
     with process_group(args.device):
         for name in names:

@@ -3,7 +3,7 @@
     python train_ablation.py --without bbox      # AblatedNet: mask and class
     python train_ablation.py --without class     # AblatedNet2: mask and box
 
-Prints a line an epoch and, at the end, the test metrics of the epoch with the best validation Dice.
+Prints a line per epoch and, at the end, the test metrics of the epoch with the best validation Dice.
 Writes the run to runs/without_bbox/ or runs/without_class/.
 """
 
@@ -16,10 +16,11 @@ NETWORKS = {'bbox': AblatedNet, 'class': AblatedNet2}
 
 
 def main(argv=None):
-    parser = engine.training_parser(__doc__, out=None)
+    parser = engine.training_parser(__doc__, out='runs/without_TASK')
     parser.add_argument('--without', choices=NETWORKS, required=True, help='the task to leave out')
     args = parser.parse_args(argv)
-    args.out = args.out or f'runs/without_{args.without}'
+    if args.out == parser.get_default('out'):
+        args.out = f'runs/without_{args.without}'
     network = NETWORKS[args.without]
     engine.train(network, WeightedLoss.equal(network.tasks), args)
 

@@ -3,7 +3,7 @@
     python train_mtl.py
     torchrun --nproc-per-node 2 train_mtl.py     # data-parallel, in two processes
 
-Prints a line an epoch and, at the end, the test metrics of the epoch with the best validation Dice.
+Prints a line per epoch and, at the end, the test metrics of the epoch with the best validation Dice.
 Writes the run to runs/mtl/ and the model that mtl_vis.py needs to mtl_model.pt.
 """
 
@@ -19,13 +19,8 @@ from utils import WeightedLoss
 
 def main(argv=None):
     parser = engine.training_parser(__doc__, out='runs/mtl')
-    parser.add_argument(
-        '--model',
-        type=file_to_write,
-        default='mtl_model.pt',
-        metavar='FILE',
-        help='where the trained model goes (default: %(default)s)',
-    )
+    model = 'where the trained model goes (default: %(default)s)'
+    parser.add_argument('--model', type=file_to_write, default='mtl_model.pt', metavar='FILE', help=model)
     args = parser.parse_args(argv)
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
     if is_main_process():

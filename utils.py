@@ -201,7 +201,7 @@ class Task(NamedTuple):
 
 
 class Metric(NamedTuple):
-    printed: str  # the original's name where it has one
+    printed: str  # the study's name where it has one
     task: str
     function: Callable  # (prediction, target, reduction) -> scalar, or a value for each sample
 

@@ -4,29 +4,33 @@ import argparse
 import json
 import os
 import platform
+import re
+import resource
 import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
 sys.path.insert(0, str(ROOT))
 
-import data_rechunk
+from support.files import write_file  # noqa: E402
 
 
 def parser(description):
-    result = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    result.add_argument('--json', metavar='FILE', help='also write all figures to FILE')
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument('--json', metavar='FILE', help='also write all measurements to FILE')
     return result
 
 
 def data_option(result, pets):
-    result.add_argument('--data', metavar='DIR', help='prepared and rechunked splits '
-                        f'(default: {pets} drawn pets at 256 x 256, made for the occasion)')
+    result.add_argument(
+        '--data',
+        metavar='DIR',
+        help=f'prepared and rechunked splits (default: {pets} drawn pets at 256 x 256 in a temporary folder)',
+    )
 
 
 @contextmanager
@@ -41,31 +45,49 @@ def prepared(data, pets, size=256):
         yield Path(folder)
 
 
-def script(name, *options, **environment):
-    """Run one of the scripts to its end; returns what it printed."""
+def script(name, *options):
+    """Run one of the scripts to its end, its output left out."""
     command = [sys.executable, str(ROOT / name), *map(str, options)]
-    done = subprocess.run(command, env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE)
-    if done.returncode:
-        sys.exit(f'{name} ended with {done.returncode}')
-    return done.stdout
+    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    if status:
+        sys.exit(f'{name} ended with {status}')
+
+
+def in_python(code, *arguments):
+    """Run code in a process of its own that can import this file and the scripts; returns what it printed last."""
+    command = [
+        sys.executable,
+        '-c',
+        f'import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n{code}',
+        *map(str, arguments),
+    ]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+
+
+def peak_megabytes():
+    """The peak of this process's memory, or of a child's if that is larger."""
+    # Not getrusage for this process: what it says, a process takes over from its parent.
+    own = re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]
+    return max(int(own), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
 
 
 def machine():
-    """One line that says what the figures were measured on."""
+    """One line that says what was measured on."""
     processor = platform.processor() or platform.machine()
-    if Path('/proc/cpuinfo').exists():
+    if os.path.exists('/proc/cpuinfo'):
         for line in Path('/proc/cpuinfo').read_text().splitlines():
             if line.startswith('model name'):
                 processor = line.partition(':')[2].strip()
     import torch
-    return (f'{processor}, {torch.get_num_threads()} threads, Python {platform.python_version()}, '
-            f'torch {torch.__version__}')
+
+    return (
+        f'{processor}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}'
+    )
 
 
-def finish(ratio, figures, path):
-    """Write the figures and print the ratio alone on the last line."""
+def finish(ratio, metrics, path):
+    """Write what was measured to `path`, if there is one, and print the ratio alone on the last line."""
     if path:
-        content = {'ratio': ratio, **figures, 'machine': machine()}
-        text = json.dumps(content, indent=2) + '\n'
-        data_rechunk.write_file(path, lambda file: file.write(text.encode()))
+        text = json.dumps({'ratio': ratio, **metrics, 'machine': machine()}, indent=2) + '\n'
+        write_file(path, lambda file: file.write(text.encode()))
     print(f'ratio {ratio:.3g}' if ratio < 100 else f'ratio {ratio:.0f}')

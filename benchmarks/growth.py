@@ -8,71 +8,74 @@ pet and the peak memory of the process. The ratio: the largest growth of the tim
 smallest to the largest set over the four steps (1: linear in time).
 """
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import common
-from data_rechunk import run_script, whole_number
 
-# The peak is read from the system: what getrusage gives, a child inherits from its parent.
-STEP = '''
-import re, sys, time
-sys.path.insert(0, sys.argv.pop(1))
+from support.cli import run_script, whole_number
+
+STEP = """
+import time, common
 {setup}
 start = time.perf_counter()
 {work}
-seconds = time.perf_counter() - start
-print(seconds, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])
-'''
-NETWORK = '''
+print(time.perf_counter() - start, common.peak_megabytes())
+"""
+NETWORK = """
 import torch, engine
-from dataloader_mtl import training_transform
+from dataloader_mtl import JITTER, EpochBatches, load_splits, split_batches, training_transform
 from models import MTLNet
+from support.device import keep_freed_memory
 from utils import WeightedLoss
-args = engine.training_parser('', out=sys.argv[2]).parse_args(['--data', sys.argv[1], '--workers', '0'])
-engine.keep_freed_memory()
-dataset, part = engine.load_split(args, 'train', MTLNet.tasks)
-run = engine.Run(MTLNet, WeightedLoss.equal(MTLNet.tasks), dataset, len(part), args)
-'''
+keep_freed_memory()
+part, device = load_splits(sys.argv[1], MTLNet.tasks)['train'], torch.device('cpu')
+run = engine.Run(MTLNet, WeightedLoss.equal(MTLNet.tasks), part.dataset, len(part), 0.003, device)
+"""
+TRAIN = """
+part.dataset.transform, part.dataset.jitter = training_transform(*part.dataset.image_size), JITTER
+batches = EpochBatches(part, split_batches(torch.randperm(len(part)), 16), 0, 1)
+engine.train_one_epoch(run, batches.loader(0, 0, device), '')
+"""
+PREPARE = """data_prepare.main(['--source', 'synthetic', '--limit', sys.argv[2], '--size', sys.argv[3],
+    '--split', '90-5-5', '--out', sys.argv[1]])"""
 STEPS = {
-    'prepare': ('import data_prepare', "data_prepare.main(['--source', 'synthetic', '--limit', sys.argv[3], "
-                "'--size', sys.argv[4], '--split', '90-5-5', '--out', sys.argv[1]])"),
+    'prepare': ('import data_prepare', PREPARE),
     'rechunk': ('import data_rechunk', "data_rechunk.main(['--data', sys.argv[1]])"),
-    'train': (NETWORK, '''
-dataset.transform, dataset.jitter = training_transform(*dataset.image_size), engine.JITTER
-batches = engine.batches_of(torch.randperm(len(part)), args.batch_size)
-engine.train_one_epoch(run, engine.EpochBatches(part, batches, 0, 1).loader(0, 0, run.device), '')'''),
-    'evaluate': (NETWORK, 'engine.evaluate(run.average.module, part, run.device)'),
+    'train': (NETWORK, TRAIN),
+    'evaluate': (NETWORK, 'engine.evaluate(run.average.module, part, device)'),
 }
 
 
 def measure(name, *arguments):
     """(seconds, MB) of one step."""
     setup, work = STEPS[name]
-    command = [sys.executable, '-c', STEP.format(setup=setup, work=work), str(common.ROOT), *map(str, arguments)]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    seconds, kilobytes = printed.split()[-2:]
-    return float(seconds), int(kilobytes) / 1024
+    seconds, memory = common.in_python(STEP.format(setup=setup, work=work), *arguments).split()
+    return float(seconds), float(memory)
 
 
-def main():
+def main(argv=None):
     parser = common.parser(__doc__)
-    parser.add_argument('--counts', type=whole_number(40), nargs='+', default=[300, 1200, 4800],
-                        metavar='N', help='default: 300 1200 4800')
+    parser.add_argument(
+        '--counts',
+        type=whole_number(40),
+        nargs='+',
+        default=[300, 1200, 4800],
+        metavar='N',
+        help='default: 300 1200 4800',
+    )
     parser.add_argument('--size', type=whole_number(64), default=128, help='pixels (default: %(default)s)')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = {}
     print(f'{"step":10}{"pets":>8}{"seconds":>10}{"ms a pet":>10}{"peak MB":>10}')
     for count in args.counts:
         with tempfile.TemporaryDirectory() as scratch:
             for name in STEPS:
-                seconds, memory = measure(name, Path(scratch) / 'data', Path(scratch) / 'run', count, args.size)
+                seconds, memory = measure(name, Path(scratch), count, args.size)
                 rows.setdefault(name, []).append({'pets': count, 'seconds': seconds, 'peak_mb': memory})
                 print(f'{name:10}{count:8}{seconds:10.1f}{seconds / count * 1e3:10.1f}{memory:10.0f}', flush=True)
-    growth = {name: each[-1]['seconds'] / each[-1]['pets'] / (each[0]['seconds'] / each[0]['pets'])
-              for name, each in rows.items()}
+    each_pet = {name: [row['seconds'] / row['pets'] for row in each] for name, each in rows.items()}
+    growth = {name: each[-1] / each[0] for name, each in each_pet.items()}
     common.finish(max(growth.values()), {'rows': rows, 'growth': growth}, args.json)
 
 

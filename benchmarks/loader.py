@@ -1,29 +1,30 @@
-"""Does anyone wait for the loader? Samples a second of MTLDataset against the original's way.
+"""How fast is the loader? Samples a second of MTLDataset against the original's way.
 
     python benchmarks/loader.py --data datasets/data_new
 
 Both give random-order, normalised float batches of 32 through a DataLoader in a single process, without
 augmentation. The original's way opens four files for each sample and stores float32; its files are made
-here from the same photographs. Also measured: reading image and mask as they are stored against copying
-them from a numpy memmap on the same file system, with and without checksums on the chunks, and what
-checksums cost the loader. The ratio: ours to the original's way.
+here from the same images. Also measured: reading image and mask as they are stored against copying them
+from a numpy memmap on the same file system, with and without checksums on the chunks, and what checksums
+cost the loader. The ratio: ours to the original's way.
 """
 
 import tempfile
 import time
 from pathlib import Path
 
+import common
 import h5py
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
-import common
-import data_rechunk
-import engine
-from data_rechunk import run_script, whole_number
-from dataloader_mtl import MEAN, STD, MTLDataset, SampleReader, collate
+from data_rechunk import rechunk_file
+from dataloader_mtl import MEAN, STD, MTLDataset, evaluation_loader
+from support.cli import run_script, whole_number
+from support.device import keep_freed_memory
+from support.hdf5 import SHAPES, SampleReader
 
 STEMS = ('images', 'masks', 'bboxes', 'binary')
 
@@ -51,8 +52,8 @@ def write_original(dataset, count, folder):
     for stem in STEMS:
         with h5py.File(dataset.folder / f'{stem}.h5') as source, h5py.File(folder / f'{stem}.h5', 'w') as file:
             values = source[f'chunked_{stem}']
-            target = file.create_dataset(f'chunked_{stem}', (count, *values.shape[1:]), np.float32,
-                                         chunks=(1, *values.shape[1:]))
+            shape = values.shape[1:]
+            target = file.create_dataset(f'chunked_{stem}', (count, *shape), np.float32, chunks=(1, *shape))
             for index in range(count):
                 target[index] = values[index]
 
@@ -63,25 +64,26 @@ def copy_with_checksums(source, count, folder):
         split = folder / f'checksums_{checksums}' / 'train'
         split.mkdir(parents=True)
         for path in source.glob('*.h5'):
-            if path.stem in data_rechunk.SHAPES:
+            if path.stem in SHAPES:
                 with h5py.File(path) as old, h5py.File(split / path.name, 'w') as new:
                     new[path.stem] = old[path.stem][:count]
                     for key, value in old[path.stem].attrs.items():
                         new[path.stem].attrs[key] = value
-                data_rechunk.rechunk_file(split / path.name, checksums=checksums)
+                rechunk_file(split / path.name, checksums=checksums)
 
 
-def samples_per_second(dataset, order, collate_fn):
+def samples_per_second(loader):
     """The best of three passes: the files are in the system's cache, and others disturb."""
     best = 0
     for _ in range(3):
         start = time.perf_counter()
-        count = sum(len(batch[0]) for batch in DataLoader(Subset(dataset, order), 32, collate_fn=collate_fn))
+        count = sum(len(batch[0]) for batch in loader)
         best = max(best, count / (time.perf_counter() - start))
     return best
 
 
 def reads_per_second(read, order):
+    """The best of three passes, too."""
     best = 0
     for _ in range(3):
         start = time.perf_counter()
@@ -91,13 +93,12 @@ def reads_per_second(read, order):
     return best
 
 
-def main():
+def main(argv=None):
     parser = common.parser(__doc__)
     common.data_option(parser, 600)
-    parser.add_argument('--count', type=whole_number(32), default=400,
-                        help='samples to read (default: %(default)s)')
-    args = parser.parse_args()
-    engine.keep_freed_memory()
+    parser.add_argument('--count', type=whole_number(32), default=400, help='samples to read (default: %(default)s)')
+    args = parser.parse_args(argv)
+    keep_freed_memory()
     with common.prepared(args.data, 600) as data, tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         dataset = MTLDataset('train', root=data)
@@ -110,35 +111,39 @@ def main():
         for checksums in False, True:
             part = MTLDataset('train', root=scratch / f'checksums_{checksums}')
             readers = [SampleReader(part.folder / f'{stem}.h5', f'chunked_{stem}') for stem in ('images', 'masks')]
-            name = 'checksums' if checksums else 'plain'
-            speeds[name] = samples_per_second(part, order, collate)
             arrays = [np.empty(reader.shape, reader.dtype) for reader in readers]
 
-            def read(index):
+            def read(index, readers=readers, arrays=arrays):
                 for reader, array in zip(readers, arrays):
                     reader.read(index, array)
 
+            name = 'checksums' if checksums else 'plain'
+            speeds[name] = samples_per_second(evaluation_loader(Subset(part, order), 32, workers=0))
             reads[name] = reads_per_second(read, order)
-            if not checksums:
-                maps = []
-                for reader in readers:
-                    path = scratch / f'{len(maps)}.raw'
-                    reader.dataset[()].tofile(path)
-                    maps.append(np.memmap(path, reader.dtype, 'r', shape=reader.dataset.shape))
 
-                def copy(index):
-                    for memory, array in zip(maps, arrays):
-                        np.copyto(array, memory[index])
+        maps = []
+        for number, reader in enumerate(readers):
+            path = scratch / f'{number}.raw'
+            reader.dataset[()].tofile(path)
+            maps.append(np.memmap(path, reader.dtype, 'r', shape=reader.dataset.shape))
 
-                reads['memmap'] = reads_per_second(copy, order)
-        speeds['original'] = samples_per_second(OriginalWay(scratch, count), order, None)
+        def copy(index):
+            for memory, array in zip(maps, arrays):
+                np.copyto(array, memory[index])
 
-    print(f'original way: {speeds["original"]:.0f} samples/s; MTLDataset: {speeds["plain"]:.0f}, with '
-          f'checksums {speeds["checksums"]:.0f} ({1 - speeds["checksums"] / speeds["plain"]:.0%} less)')
-    print(f'image and mask as stored: {reads["plain"]:.0f} reads/s, with checksums {reads["checksums"]:.0f}; '
-          f'memmap copy {reads["memmap"]:.0f} (ours is {reads["plain"] / reads["memmap"]:.2f} of it)')
-    common.finish(speeds['plain'] / speeds['original'], {'samples_per_second': speeds, 'reads_per_second': reads},
-                  args.json)
+        reads['memmap'] = reads_per_second(copy, order)
+        speeds['original'] = samples_per_second(DataLoader(Subset(OriginalWay(scratch, count), order), 32))
+
+    print(
+        f'original way: {speeds["original"]:.0f} samples/s; MTLDataset: {speeds["plain"]:.0f}, with checksums '
+        f'{speeds["checksums"]:.0f} ({1 - speeds["checksums"] / speeds["plain"]:.0%} less)'
+    )
+    print(
+        f'image and mask as stored: {reads["plain"]:.0f} reads/s, with checksums {reads["checksums"]:.0f}; '
+        f'memmap copy {reads["memmap"]:.0f} (ours is {reads["plain"] / reads["memmap"]:.2f} of it)'
+    )
+    metrics = {'samples_per_second': speeds, 'reads_per_second': reads}
+    common.finish(speeds['plain'] / speeds['original'], metrics, args.json)
 
 
 if __name__ == '__main__':

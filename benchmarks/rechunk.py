@@ -7,38 +7,35 @@ Rechunks images stored contiguously, and in chunks of many samples and a piece o
 to one image a chunk. h5repack is given the same target layout. Ours also compares every value with the
 source and waits until the disk has it; the start of Python, once for all files, is not counted. Each
 is the best of --repeats. The default --count is close below the 256 MiB that h5repack holds in memory;
-of larger files it makes many small pieces and is fifteen times slower. The peak memory is that of our
-whole process at 500 and at 5,000 images. The ratio: our bytes a second to h5repack's, the smaller of
-the two sources.
+of larger files it makes many small pieces and is fifteen times slower. The peak memory is that of the
+larger of our two processes at 500 and at 5,000 images. The ratio: our bytes a second to h5repack's, the
+smaller of the two sources.
 """
 
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import common
 import h5py
 import numpy as np
 
-import common
-from data_rechunk import InputError, run_script, whole_number
+from support.cli import InputError, run_script, whole_number
 from synthetic_pets import draw_pet
 
 LAYOUTS = {
     'contiguous': {},
     'gzip in bad chunks': {'chunks': (64, 64, 64, 3), 'compression': 'gzip', 'compression_opts': 4},
 }
-RECHUNK = '''
-import re, sys, time
-sys.path.insert(0, sys.argv[1])
-import data_rechunk
+RECHUNK = """
+import time, common, data_rechunk
 start = time.perf_counter()
-data_rechunk.rechunk_file(sys.argv[2])
-print(time.perf_counter() - start, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])
-'''
+data_rechunk.rechunk_file(sys.argv[1])
+print(time.perf_counter() - start, common.peak_megabytes())
+"""
 
 
 def block_of_images(data):
@@ -54,7 +51,7 @@ def write_source(path, block, count, layout):
         target = file.create_dataset('images', (count, *block.shape[1:]), np.uint8, **layout)
         for start in range(0, count, len(block)):
             # Shifted, so that no two images are the same.
-            target[start:start + len(block)] = np.roll(block, start // len(block), axis=2)[:count - start]
+            target[start : start + len(block)] = np.roll(block, start // len(block), axis=2)[: count - start]
 
 
 def h5repack(path, chunk):
@@ -67,22 +64,20 @@ def h5repack(path, chunk):
 
 
 def rechunk(path):
-    """(seconds, MB at the peak of the process) of data_rechunk.py."""
-    done = subprocess.run([sys.executable, '-c', RECHUNK, str(common.ROOT), str(path)],
-                          stdout=subprocess.PIPE, text=True, check=True)
-    seconds, kilobytes = done.stdout.split()
-    return float(seconds), int(kilobytes) / 1024
+    """(seconds, MB at the peak) of data_rechunk.py."""
+    seconds, memory = common.in_python(RECHUNK, path).split()
+    return float(seconds), float(memory)
 
 
-def main():
+def main(argv=None):
     parser = common.parser(__doc__)
     parser.add_argument('--data', metavar='DIR', help='prepared splits to take images from (default: drawn ones)')
     parser.add_argument('--count', type=whole_number(64), default=1280, help='images (default: %(default)s)')
     parser.add_argument('--repeats', type=whole_number(1), default=3, help='default: %(default)s')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not shutil.which('h5repack'):
         raise InputError("h5repack: not found; it comes with Debian's hdf5-tools")
-    block, figures = block_of_images(args.data), {}
+    block, metrics = block_of_images(args.data), {}
     chunk = 'x'.join(map(str, (1, *block.shape[1:])))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / 'data' / 'train'
@@ -101,10 +96,12 @@ def main():
             for count in 500, 5000:
                 write_source(path, block, count, layout)
                 memory.append(rechunk(path)[1])
-            figures[name] = {'h5repack': theirs, 'data_rechunk': mine, 'peak_memory': memory}
-            print(f'{name}: data_rechunk.py {mine:.0f} MB/s, h5repack {theirs:.0f} MB/s, ratio {mine / theirs:.2f}; '
-                  f'peak memory {memory[0]:.0f} MB for 500 images, {memory[1]:.0f} MB for 5,000')
-    common.finish(min(each['data_rechunk'] / each['h5repack'] for each in figures.values()), figures, args.json)
+            metrics[name] = {'h5repack': theirs, 'data_rechunk': mine, 'peak_memory': memory}
+            print(
+                f'{name}: data_rechunk.py {mine:.0f} MB/s, h5repack {theirs:.0f} MB/s, ratio {mine / theirs:.2f}; '
+                f'peak memory {memory[0]:.0f} MB for 500 images, {memory[1]:.0f} MB for 5,000'
+            )
+    common.finish(min(each['data_rechunk'] / each['h5repack'] for each in metrics.values()), metrics, args.json)
 
 
 if __name__ == '__main__':

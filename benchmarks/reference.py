@@ -46,14 +46,31 @@ class ReferenceNet(nn.Module):
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.expanding = nn.ModuleList(map(expanding, (256, 256, 128, 64), (128, 64, 32, 1)))
         self.label = nn.Sequential(
-            nn.Conv2d(256, 32, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-            nn.Linear(64, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, n_classes),
+            nn.Conv2d(256, 32, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+            nn.Linear(84, n_classes),
         )
         self.bbox = nn.Sequential(
-            nn.Conv2d(256, 256, 3), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(256, 256, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-            nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 4), nn.Sigmoid(),
+            nn.Conv2d(256, 256, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(256, 256, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(1024, 128),
+            nn.ReLU(),
+            nn.Linear(128, 4),
+            nn.Sigmoid(),
         )
 
     def forward(self, x, decode=None):

@@ -14,11 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
 from PIL import Image
 
-import common
-from data_rechunk import run_script, whole_number
 from mtl_vis import load_model, predict
+from support.cli import run_script, whole_number
 from synthetic_pets import draw_pet
 
 IMPORTS = 'import torch, torchvision, matplotlib.pyplot'
@@ -30,20 +30,27 @@ def seconds(command):
     return time.perf_counter() - start
 
 
-def main():
+def main(argv=None):
     parser = common.parser(__doc__)
     parser.add_argument('--photograph', type=Path, metavar='FILE', help='default: a drawn pet')
     parser.add_argument('--model', default=common.ROOT / 'mtl_model.pt', metavar='FILE', help='default: %(default)s')
     parser.add_argument('--repeats', type=whole_number(1), default=5, help='default: %(default)s')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         path = args.photograph or Path(scratch) / 'pet.jpg'
         if args.photograph is None:
             Image.fromarray(draw_pet(0, size=512).image).save(path)
         commands = {
             'imports': [sys.executable, '-c', IMPORTS],
-            'mtl_vis.py': [sys.executable, str(common.ROOT / 'mtl_vis.py'), str(path.resolve()), '--model',
-                           str(args.model), '--out', str(Path(scratch) / 'mask.png')],
+            'mtl_vis.py': [
+                sys.executable,
+                str(common.ROOT / 'mtl_vis.py'),
+                str(path.resolve()),
+                '--model',
+                str(args.model),
+                '--out',
+                str(Path(scratch) / 'mask.png'),
+            ],
         }
         times = {name: [] for name in commands}
         for _ in range(args.repeats + 1):  # the first fills the system's cache

@@ -4,9 +4,9 @@
 
 Ours is the training loop itself, loading and augmentation included, at each image size of the default
 recipe; the average is over the recipe's epochs. The reference is the study's training in float32 and
-NCHW, its batches read by the same loader without augmentation. Both see the same kind of photographs
-with the same number of threads and workers; the reference decodes the mask of each photograph, as the
-study did, ours of those that have one.
+NCHW, its batches read by the same loader without augmentation. Both see the same kind of images with the
+same number of threads and workers; the reference decodes the mask of each image, as the study did, ours of
+those that have one.
 
 Also printed: the reference's speed with our setting of the C library's allocator, which is one of the
 things that make ours fast and helps any network; the share of our time that loading costs, found with
@@ -18,23 +18,32 @@ import math
 import time
 from collections import Counter
 
-import torch
-from torch.utils.data import DataLoader, Subset
-
 import common
-import engine
-from data_rechunk import run_script, whole_number
-from dataloader_mtl import collate, training_transform
-from models import MTLNet
+import torch
 from reference import BATCH_SIZE, ReferenceNet, train_reference
+from torch.utils.data import DataLoader
+
+import engine
+from dataloader_mtl import (
+    JITTER,
+    EpochBatches,
+    epoch_positions,
+    load_splits,
+    split_batches,
+    training_size,
+    training_transform,
+)
+from models import MTLNet
+from support.cli import run_script, whole_number
+from support.device import keep_freed_memory
 from utils import WeightedLoss
 
 
 def reference_speed(dataset, steps, workers):
     torch.manual_seed(0)
-    indices = torch.randperm(len(dataset))[:BATCH_SIZE * (steps + 1)].tolist()
-    batches = DataLoader(Subset(dataset, indices), BATCH_SIZE, num_workers=workers, collate_fn=collate)
-    training = train_reference(ReferenceNet(len(dataset.class_names)), batches)
+    batches = torch.randperm(len(dataset))[: BATCH_SIZE * (steps + 1)].split(BATCH_SIZE)
+    loader = DataLoader(dataset, batch_size=None, sampler=[batch.tolist() for batch in batches], num_workers=workers)
+    training = train_reference(ReferenceNet(len(dataset.class_names)), loader)
     next(training)  # the first step allocates and plans
     start = time.perf_counter()
     images = sum(training)
@@ -59,11 +68,11 @@ class Waiting:
 
 
 class InMemory:
-    """A batch that is already there, again and again."""
+    """A loader of one batch that is in memory, again and again."""
 
     def __init__(self, batch, steps):
         self.batch = batch
-        self.dataset = engine.EpochBatches(None, [range(len(batch[0]))] * steps, 0, 1)
+        self.dataset = EpochBatches(None, [range(len(batch.image))] * steps, 0, 1)
 
     def __iter__(self):
         return (self.batch for _ in self.dataset.batches)
@@ -71,24 +80,23 @@ class InMemory:
 
 def train(run, loader):
     """An epoch of the batches of `loader`."""
-    run.steps, run.means = 0, engine.Means()
+    run.start_epoch()
     engine.train_one_epoch(run, loader, '')
 
 
-def our_speed(run, dataset, part, size, args):
+def our_speed(run, part, size, steps, options):
     """(images/s, images/s without loading, share of the time spent waiting for the loader)."""
-    dataset.transform = training_transform(*size)
-    steps = args.steps * (dataset.image_size[0] // size[0]) ** 2
+    part.dataset.transform = training_transform(*size)
+    steps *= (part.dataset.image_size[0] // size[0]) ** 2
 
     def loader(steps):
-        positions = engine.training_positions(part)
-        epochs = math.ceil(steps * args.batch_size / len(positions))
+        positions = epoch_positions(part)
+        epochs = math.ceil(steps * options.batch_size / len(positions))
         indices = torch.cat([positions[torch.randperm(len(positions))] for _ in range(epochs)])
-        batches = engine.batches_of(indices[:steps * args.batch_size], args.batch_size)
-        return engine.EpochBatches(part, batches, 0, 1).loader(0, args.workers, run.device)
+        batches = split_batches(indices[: steps * options.batch_size], options.batch_size)
+        return EpochBatches(part, batches, 0, 1).loader(0, options.workers, run.device)
 
-    warm = list(loader(2))
-    train(run, InMemory(warm[0], 3))
+    train(run, InMemory(next(iter(loader(2))), 3))
     waiting = Waiting(loader(steps))
     start = time.perf_counter()
     train(run, waiting)
@@ -98,46 +106,57 @@ def our_speed(run, dataset, part, size, args):
     start, images = time.perf_counter(), 0
     for batch in batches:
         train(run, InMemory(batch, 1))
-        images += len(batch[0])
-    return steps * args.batch_size / seconds, images / (time.perf_counter() - start), waiting.seconds / seconds
+        images += len(batch.image)
+    without = images / (time.perf_counter() - start)
+    return steps * options.batch_size / seconds, without, waiting.seconds / seconds
 
 
-def main():
+def main(argv=None):
     parser = common.parser(__doc__)
     common.data_option(parser, 600)
-    parser.add_argument('--steps', type=whole_number(2), default=30,
-                        help='ours, at the full size, and more at smaller ones (default: %(default)s)')
+    parser.add_argument(
+        '--steps',
+        type=whole_number(2),
+        default=30,
+        help='ours, at the full size, and more at smaller ones (default: %(default)s)',
+    )
     parser.add_argument('--threads', type=whole_number(1), default=torch.get_num_threads(), help='default: %(default)s')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     with common.prepared(args.data, 600) as data:
-        options = engine.training_parser('', out='').parse_args(['--data', str(data), '--device', 'cpu'])
-        options.steps = args.steps
-        dataset, part = engine.load_split(options, 'train', MTLNet.tasks)
+        options = engine.training_parser('', out='').parse_args([])
+        part = load_splits(data, MTLNet.tasks)['train']
+        dataset = part.dataset
         reference = reference_speed(dataset, 4, options.workers)
-        engine.keep_freed_memory()
+        keep_freed_memory()
         helped = reference_speed(dataset, 4, options.workers)
         print(f'reference, float32, NCHW: {reference:.2f} images/s; {helped:.2f} with freed memory kept')
 
-        dataset.jitter = engine.JITTER
-        run = engine.Run(MTLNet, WeightedLoss.equal(MTLNet.tasks), dataset, 10_000, options)
-        sizes = Counter(engine.training_size(epoch, options.epochs, dataset.image_size)
-                        for epoch in range(1, options.epochs + 1))
-        figures, seconds, without = {}, 0, 0
-        for size, epochs in sizes.items():
-            speed, in_memory, waiting = our_speed(run, dataset, part, size, options)
-            figures['x'.join(map(str, size))] = {'images_per_second': speed, 'in_memory': in_memory,
-                                                 'waiting': waiting, 'epochs': epochs}
+        dataset.jitter = JITTER
+        weighting = WeightedLoss.equal(MTLNet.tasks)
+        run = engine.Run(MTLNet, weighting, dataset, 10_000, options.lr, torch.device('cpu'))
+        epochs_of = Counter(
+            training_size(epoch, options.epochs, dataset.image_size) for epoch in range(1, options.epochs + 1)
+        )
+        sizes, seconds, without = {}, 0, 0
+        for size, epochs in epochs_of.items():
+            speed, in_memory, waiting = our_speed(run, part, size, args.steps, options)
+            sizes['x'.join(map(str, size))] = {
+                'images_per_second': speed,
+                'in_memory': in_memory,
+                'waiting': waiting,
+                'epochs': epochs,
+            }
             seconds += epochs / speed
             without += epochs / in_memory
-            print(f'ours at {size[1]} x {size[0]}, {epochs} epochs: {speed:.1f} images/s, {in_memory:.1f} '
-                  f'without loading; waiting for the loader {waiting:.1%}')
-    ours = options.epochs / seconds
-    print(f'ours over the recipe: {ours:.1f} images/s; loading costs {1 - without / seconds:.1%}')
-    common.finish(ours / reference, {
-        'reference': reference, 'reference_with_memory_kept': helped, 'ours': ours, 'sizes': figures,
-        'loading': 1 - without / seconds,
-    }, args.json)
+            print(
+                f'ours at {size[1]} x {size[0]}, {epochs} epochs: {speed:.1f} images/s, {in_memory:.1f} '
+                f'without loading; waiting for the loader {waiting:.1%}'
+            )
+    ours, loading = options.epochs / seconds, 1 - without / seconds
+    print(f'ours over the recipe: {ours:.1f} images/s; loading costs {loading:.1%}')
+    metrics = {'reference': reference, 'reference_with_memory_kept': helped, 'ours': ours, 'sizes': sizes}
+    common.finish(ours / reference, metrics | {'loading': loading}, args.json)
 
 
 if __name__ == '__main__':

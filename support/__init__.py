@@ -1,1 +1,1 @@
-"""What every script leans on and no experiment changes: files, checkpoints, processes, messages."""
+"""What every script uses and no experiment changes: files, checkpoints, processes, messages."""

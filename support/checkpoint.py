@@ -1,5 +1,9 @@
-"""Checkpoint files: written whole, and read without running code that they may contain."""
+"""Checkpoint files: written whole, and read without running code that they may contain.
 
+What last.pt holds: `engine.Run.state`. What a model file (best.pt, mtl_model.pt) holds: `models.model_content`.
+"""
+
+import io
 import os
 import warnings
 import zipfile
@@ -7,9 +11,10 @@ import zipfile
 import torch
 
 from support.cli import InputError, reason
-from support.files import require_file, write_file
+from support.files import replacing, require_file, sync, write_file
 
-MODEL_FORMAT = 'segmentation-mtl model 1'  # mtl_model.pt, best.pt
+# The number rises when files that were written before can no longer be read.
+MODEL_FORMAT = 'segmentation-mtl model 1'  # best.pt, mtl_model.pt
 TRAINING_FORMAT = 'segmentation-mtl training 4'  # last.pt
 
 
@@ -20,18 +25,19 @@ def save_checkpoint(path, content):
 
 def save_last(folder, content):
     """Write last.pt, and remove the metrics.json of a finished run, which this one then is not any more."""
-
-    def save(file):
-        torch.save(content, file)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with replacing(folder / 'last.pt') as part:
+        part.write_bytes(buffer.getbuffer())
+        sync(part)
+        # Before the new last.pt is there: killed in between, the folder must not look like a finished run.
         (folder / 'metrics.json').unlink(missing_ok=True)
-
-    write_file(folder / 'last.pt', save)
 
 
 def load_checkpoint(path, expected, device='cpu'):
     """The content of a checkpoint whose 'format' is `expected`, its tensors on `device`.
 
-    No code in the file runs, and a single changed bit is noticed. Raises InputError for any other file.
+    No code in the file runs, and changed weights are noticed. Raises InputError for any other file.
     """
     require_file(path, 'the training scripts make it')
     try:
@@ -44,7 +50,7 @@ def load_checkpoint(path, expected, device='cpu'):
     except Exception as error:  # torch.load raises errors of any type for damaged files
         said = 'it holds more than plain weights' if 'weights_only' in str(error) else reason(error)
         raise InputError(
-            f"{path}: not a sound checkpoint ({said}); expected '{expected}', which the training scripts write"
+            f"{path}: not a valid checkpoint ({said}); expected '{expected}', which the training scripts write"
         ) from None
     found = content.get('format') if isinstance(content, dict) else None
     if not isinstance(found, str) or found != expected:
@@ -74,13 +80,13 @@ def is_finite(state_dict):
 
 
 def find_checkpoint(folder, resume):
-    """The last.pt that --resume asks for; None to start anew. Raises InputError for an unfinished run in the way."""
+    """The last.pt that --resume asks for, or None; raises InputError if an unfinished run would be overwritten."""
     last = folder / 'last.pt'
     if resume == 'auto' and not os.path.lexists(last):
         return None
     if not resume and last.exists() and not (folder / 'metrics.json').exists():
         raise InputError(
-            f'{folder}: holds an unfinished run; --resume goes on with it; to start anew, remove its last.pt or '
+            f'{folder}: holds an unfinished run; --resume continues it; to start again, remove its last.pt or '
             'give another --out'
         )
     return last if resume else None

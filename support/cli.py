@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,19 +39,23 @@ def run_script(main):
             stream.reconfigure(errors='backslashreplace')  # file names need not be text
     try:
         main()
-        return
-    except InputError as error:
+    except (InputError, OSError, MemoryError, KeyboardInterrupt) as error:
+        # The frames hold the DataLoader, and Python would wait for its workers, which ignore signals, for ever.
+        traceback.clear_frames(error.__traceback__)
+        print(one_line(describe(error))[:2000], file=sys.stderr)
+        sys.exit(getattr(error, 'status', 130) if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def describe(error):
+    """The line that a script ends with."""
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or 'stopped'
+    if isinstance(error, InputError):
         # An error of a DataLoader's worker arrives with the worker's traceback before it.
-        line, status = f'error: {str(error).strip().rpartition("InputError: ")[2]}', 1
-    except OSError as error:
-        line, status = f'error: {f"{error.filename}: " if error.filename else ""}{reason(error)}', 1
-    except MemoryError:
-        line, status = 'error: there is not enough memory', 1
-    except KeyboardInterrupt as error:
-        line, status = str(error) or 'stopped', getattr(error, 'status', 130)
-    # Outside of `except`, where the exception would still keep the workers of a DataLoader alive.
-    print(one_line(line)[:2000], file=sys.stderr)
-    sys.exit(status)
+        return f'error: {str(error).strip().rpartition("InputError: ")[2]}'
+    if isinstance(error, MemoryError):
+        return 'error: there is not enough memory'
+    return f'error: {f"{error.filename}: " if error.filename else ""}{reason(error)}'
 
 
 # ---- signals
@@ -94,7 +99,7 @@ class StopRequest:
 
 @contextmanager
 def signals_blocked():
-    """Hold STOP_SIGNALS off; processes started within it have them blocked until `ignore_signals`."""
+    """Block STOP_SIGNALS, also in processes that are started meanwhile, until those call `ignore_signals`."""
     if not hasattr(signal, 'pthread_sigmask'):  # Windows
         yield
         return
@@ -106,7 +111,7 @@ def signals_blocked():
 
 
 def ignore_signals(_=None):
-    """For a child process: its parent decides when it stops. A DataLoader's `worker_init_fn`."""
+    """For a child process, as a DataLoader's `worker_init_fn`: its parent decides when it stops."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, 'pthread_sigmask'):
@@ -141,11 +146,11 @@ def are_names(values):
 
 
 def whole_number(minimum):
-    """An argparse type: a whole number from `minimum` to 2**32 - 1, which is what a seed can be."""
+    """An argparse type: a whole number from `minimum` to 2**32 - 1, the largest seed that numpy takes."""
 
     def parse(text):
         if not text.lstrip('+-').isdecimal() or not minimum <= int(text) < 2**32:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum} up")
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum} to {2**32 - 1}")
         return int(text)
 
     return parse

@@ -28,8 +28,8 @@ def has_fast_bfloat16(device):
 def keep_freed_memory():
     """Let the C library keep the memory of freed tensors instead of returning it to the system.
 
-    glibc maps every large tensor anew, and its pages are zeroed at the first touch, in each step. Kept,
-    training is about 10 % faster on a CPU. Other C libraries have no such setting.
+    glibc maps the memory of every large tensor again in each step, and its pages have to be zeroed. With
+    memory that is kept, training is about 10 % faster on a CPU. Other C libraries have no such setting.
     """
     try:
         mallopt = ctypes.CDLL('libc.so.6').mallopt
@@ -40,7 +40,7 @@ def keep_freed_memory():
 
 
 def seed_everything(*key):
-    """Seed Python, numpy and torch with a hash of up to four whole numbers; returns the seed."""
+    """Seed Python, numpy and torch with a hash of whole numbers; returns the hash."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)

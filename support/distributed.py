@@ -1,4 +1,8 @@
-"""Data-parallel training: `torchrun --nproc-per-node N train_mtl.py`. Without torchrun, one process."""
+"""Data-parallel training: `torchrun --nproc-per-node N train_mtl.py`. Without torchrun, one process.
+
+How a batch is shared by the ranks: `dataloader_mtl.split_batches`. How their losses are averaged:
+`engine.Objective`.
+"""
 
 import os
 from contextlib import contextmanager

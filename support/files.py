@@ -2,10 +2,8 @@
 
 import io
 import os
-import re
 import warnings
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -95,54 +93,32 @@ def lock_folder(folder):
             ) from None
         except OSError:  # a network drive without locks
             pass
-        for part in folder.glob('*.part'):
-            if re.fullmatch(r'.+\.(h5|pt|csv|png|json)\.\d+\.part', part.name):
-                part.unlink(missing_ok=True)
+        for part in folder.glob('*.*.[0-9]*.part'):  # as `replacing` names them
+            part.unlink(missing_ok=True)
         yield
 
 
 # ---- reading images from elsewhere
 
 
+# What cameras, phones and browsers write. Pillow knows others, and starts a program for one of them (EPS).
+IMAGE_FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'AVIF')
+
+
 class UnreadableFile(Exception):
     """An image or an annotation that cannot be used; the message names the file."""
-
-
-@cache
-def image_formats():
-    """What cameras, phones and browsers write, as far as this Pillow has it.
-
-    Pillow knows others, and starts a program for one of them (EPS).
-    """
-    Image.init()  # takes a while, and most imports of this file read no image
-    return [name for name in ('JPEG', 'MPO', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'AVIF') if name in Image.OPEN]
-
-
-def refuse_special_file(path):
-    """Raises UnreadableFile for a pipe, a device or a folder: reading one can block forever."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UnreadableFile(f'{path}: is not a file')
-
-
-def read_bounded(path, limit):
-    """The bytes of a file; raises UnreadableFile for more than `limit` of them."""
-    refuse_special_file(path)
-    with open(path, 'rb') as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise UnreadableFile(f'{path}: more than {limit} bytes')
-    return content
 
 
 @contextmanager
 def open_image(path):
     """Yield the file's PIL image; whatever Pillow raises, also in the block, becomes UnreadableFile."""
-    refuse_special_file(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device can block for ever
+        raise UnreadableFile(f'{path}: is not a file')
     try:
         with warnings.catch_warnings():
             # Warnings about readable files: very large, palette transparency, damaged EXIF.
             warnings.simplefilter('ignore')
-            with Image.open(path, formats=image_formats()) as image:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
                 yield image
     except Exception as error:  # damaged files make Pillow's decoders raise errors of any type
         raise UnreadableFile(f'{path}: {reason(error)}') from None

@@ -1,30 +1,19 @@
 """HDF5 files: their schema, opening, checking, creating, and reading a sample. Imports no torch.
 
-The original's files are a dataset each, named after the file: `images.h5` holds `images`. `data_rechunk.py`
+Each file holds one dataset with the file's name, as in the study: `images.h5` holds `images`. `data_rechunk.py`
 adds `chunked_images`, a second name of the same data.
 """
 
-import ctypes
 import math
-import multiprocessing
 import os
 import re
-import signal
-import sys
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
 
 import h5py
 import numpy as np
 
-from support.cli import InputError, are_names, ignore_signals, reason, signals_blocked
+from support.cli import InputError, reason
 from support.files import require_file
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 # ---- schema
 
@@ -38,7 +27,7 @@ SHAPES = {
     'binary': ('N', 1),
     'breeds': ('N', 1),
 }
-OPTIONAL = ('breeds',)  # the original's files have no breeds
+OPTIONAL = ('breeds',)  # the study's files have no breeds
 
 MASK_UNKNOWN = 255  # in a mask: not known whether the pixel shows the pet
 
@@ -87,14 +76,14 @@ def open_h5(path, **options):
     try:
         try:
             return h5py.File(path, 'r', **options)
-        except BlockingIOError:
-            raise InputError(f'{path}: another program has it open for writing; close it there') from None
         except OSError as error:
-            if 'unable to lock file' not in str(error):
+            if isinstance(error, BlockingIOError) or 'unable to lock file' not in str(error):
                 raise
             return h5py.File(path, 'r', locking=False, **options)  # a file system without locks
+    except BlockingIOError:
+        raise InputError(f'{path}: another program has it open for writing; close it there') from None
     except H5_ERRORS as error:
-        raise InputError(f'{path}: not a sound HDF5 file ({reason(error)}); make it again') from None
+        raise invalid_file(path, error) from None
 
 
 @contextmanager
@@ -106,7 +95,12 @@ def reading_h5(path):
         except H5_ERRORS as error:
             if getattr(error, 'filename', None):  # of another file, which could not be written
                 raise
-            raise InputError(f'{path}: not a sound HDF5 file ({reason(error)}); make it again') from None
+            raise invalid_file(path, error) from None
+
+
+def invalid_file(path, error):
+    """The InputError for a damaged file; `error` is what h5py raised."""
+    return InputError(f'{path}: not a valid HDF5 file ({reason(error)}); make it again')
 
 
 def has_own(file, key):
@@ -132,15 +126,11 @@ def find_dataset(file, key):
     if not fits or dataset.dtype.kind not in 'buif':
         wanted = ', '.join(map(str, expected))
         raise InputError(f"{path}: '{key}' is {dataset.dtype} {shape}; expected numbers of shape ({wanted})")
-    if len(shape) == 4 and max(shape[1:3]) > LARGEST_SIDE:
-        raise InputError(f"{path}: '{key}' is {shape}; the largest image is {LARGEST_SIDE} x {LARGEST_SIDE} pixels")
     if not math.prod(shape):
         raise InputError(f"{path}: '{key}' holds no samples; prepare the data with more images")
     stored = dataset.id.get_storage_size()
     if dataset.size * dataset.dtype.itemsize > LARGEST_RATIO * stored:
-        raise InputError(
-            f"{path}: '{key}' should hold {len(dataset)} samples and only {stored} bytes are stored; make it again"
-        )
+        raise InputError(f"{path}: '{key}' has {len(dataset)} samples in only {stored} bytes; make it again")
     filters = dataset.id.get_create_plist()
     for number in range(filters.get_nfilters()):
         code, *_, name = filters.get_filter(number)
@@ -182,74 +172,6 @@ def copy_attributes(source, target):
             target.attrs[name] = value
 
 
-# ---- a split's files
-
-
-class SplitFiles(NamedTuple):
-    """What `check_split` finds."""
-
-    tables: dict  # {stem: array} of boxes and labels
-    image_size: tuple  # (height, width)
-    preparation: str | None  # shared by all files of one run of data_prepare.py
-    fingerprints: dict  # {stem: `fingerprint`}
-
-
-def check_split(folder, needed=()):
-    """Check that the files of a split are rechunked, sound and belong together; returns SplitFiles.
-
-    Files in `needed` must be there though they are OPTIONAL. Raises InputError.
-    """
-    tables, fingerprints, lengths, sizes, preparations = {}, {}, {}, {}, {}
-    rechunk = f'run python data_rechunk.py --data {folder.parent}'
-    for stem in SHAPES:
-        path = folder / f'{stem}.h5'
-        if stem in OPTIONAL and stem not in needed and not path.exists():
-            continue
-        with reading_h5(path) as file:
-            if not has_own(file, f'chunked_{stem}'):
-                raise InputError(f"{path}: no 'chunked_{stem}'; {rechunk}")
-            if not is_rechunked(file, stem):
-                raise InputError(f'{path}: not as data_rechunk.py stores it; {rechunk}')
-            dataset = find_dataset(file, f'chunked_{stem}')
-            check_type(path, dataset)
-            fingerprints[stem], lengths[stem] = fingerprint(dataset), len(dataset)
-            preparations[stem] = read_text(dataset.attrs, 'preparation')
-            if dataset.ndim == 2:
-                tables[stem] = dataset[()]
-            else:
-                sizes[stem] = tuple(map(int, dataset.shape[1:3]))
-    for what, values in ('lengths', lengths), ('sizes', sizes), ('preparations', preparations):
-        if len(set(values.values())) > 1:
-            listed = ', '.join(f'{stem} {value}' for stem, value in values.items())
-            raise InputError(
-                f'{folder}: the files do not belong together, their {what} differ: {listed}; prepare them again'
-            )
-    return SplitFiles(tables, sizes['images'], preparations['images'], fingerprints)
-
-
-def check_type(path, dataset):
-    """Raises InputError for images that are not 0 to 255 and masks that are not 0, 1 and 255."""
-    dtype = dataset.dtype
-    if path.stem == 'images' and dtype.kind == 'f' and dataset[0].max() <= 1:
-        raise InputError(f'{path}: the first image has no value above 1; images are expected as 0 to 255')
-    if path.stem == 'images' and dtype.kind != 'f' and dtype != np.uint8:
-        raise InputError(f'{path}: {dtype}, so some value is not from 0 to 255; mend it and rechunk again')
-    if path.stem == 'masks' and dtype != np.uint8:
-        raise InputError(f'{path}: {dtype}, so some value is not 0, 1 or 255; mend it and rechunk again')
-
-
-def read_class_names(path):
-    """The list of str in the attribute 'class_names' of breeds.h5; raises InputError if it is not one."""
-    with reading_h5(path) as file:
-        names = read_text(file['chunked_breeds'].attrs, 'class_names')
-    if not are_names(names):
-        raise InputError(
-            f"{path}: no attribute 'class_names' with the breeds' names, each of 1 to 100 printable characters; "
-            'prepare the data again, or train with the species by removing the file'
-        )
-    return names
-
-
 # ---- creating
 
 
@@ -274,14 +196,14 @@ def create_h5(path):
 
 
 class SampleReader:
-    """Reads samples of an image or mask dataset that stores each as one chunk.
+    """Reads samples of a rechunked images.h5 or masks.h5.
 
     Attributes: `shape` (H, W, C) and `dtype` of a sample as it is read, uint8 or float32.
     """
 
-    def __init__(self, path, key):
+    def __init__(self, path):
         # Without a chunk cache, a chunk goes straight to the array that asks for it.
-        self.dataset = open_h5(path, rdcc_nbytes=0)[key]
+        self.path, self.dataset = path, open_h5(path, rdcc_nbytes=0)[f'chunked_{path.stem}']
         self.shape, self.dtype = self.dataset.shape[1:], self.dataset.dtype
         if self.dtype.kind == 'f':
             self.dtype = np.dtype(np.float32)  # HDF5 converts while it reads
@@ -293,72 +215,20 @@ class SampleReader:
 
     def read(self, index, out):
         """Read a sample into `out`, a contiguous array of the reader's shape and dtype."""
-        if self.as_stored:
-            self.dataset.id.read_direct_chunk((index, 0, 0, 0), out=out.reshape(-1).view(np.uint8))
-        else:
-            self.source.select_hyperslab((index, 0, 0, 0), (1, *self.shape))
-            self.dataset.id.read(self.target, self.source, out)
+        try:
+            if self.as_stored:
+                self.dataset.id.read_direct_chunk((index, 0, 0, 0), out=out.reshape(-1).view(np.uint8))
+            else:
+                self.source.select_hyperslab((index, 0, 0, 0), (1, *self.shape))
+                self.dataset.id.read(self.target, self.source, out)
+        except H5_ERRORS as error:
+            raise InputError(f'{self.path}: sample {index} is damaged ({reason(error)}); make the file again') from None
 
 
 def fingerprint(dataset):
-    """What a dataset and its rechunked copies have in common: shape, type and preparation, or else the file."""
+    """Identifies the data, whether rechunked or not: shape, type and `preparation`, or else the file's inode."""
     preparation = read_text(dataset.attrs, 'preparation')
     if preparation is None:
         status = os.fstat(dataset.file.id.get_vfd_handle())
         preparation = status.st_dev, status.st_ino, status.st_mtime_ns
     return dataset.shape, dataset.dtype, str(preparation)
-
-
-# ---- a process for files from elsewhere
-
-
-def in_own_process(seconds, function, path, *arguments):
-    """`function(path, *arguments)`, on Linux in a process of its own with limited CPU time and memory.
-
-    A damaged or hostile file can crash HDF5, keep it busy for ever or make it ask for all memory. Raises
-    InputError if that happens, also after `seconds` of CPU time, and what the function raises.
-    """
-    if sys.platform != 'linux':  # where a process would import everything anew, which takes seconds
-        return function(path, *arguments)
-    context = multiprocessing.get_context('fork')
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=child_main, args=(sender, os.getpid(), seconds, function, path, arguments))
-    try:
-        with signals_blocked():
-            process.start()
-        sender.close()
-        result = receiver.recv()
-    except EOFError:
-        process.join()
-        how = 'took too long' if process.exitcode == -signal.SIGXCPU else f'ended with {process.exitcode}'
-        raise InputError(
-            f'{path}: reading it {how}, as damage can cause; it is left as it was; make it again'
-        ) from None
-    finally:
-        if process.pid:
-            process.kill()
-            process.join()
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def child_main(sender, parent, seconds, function, path, arguments):
-    """What the process does: sends the function's value, or the error it raised."""
-    ignore_signals()  # the parent ends it
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the parent
-    if os.getppid() != parent:
-        os._exit(1)
-    in_use = 1024 * int(re.search(r'VmData:\s+(\d+)', Path('/proc/self/status').read_text())[1])
-    size = os.path.getsize(path) if os.path.isfile(path) else 0
-    for kind, value in (
-        (resource.RLIMIT_DATA, in_use + (1 << 30) + 3 * size),
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        _, hard = resource.getrlimit(kind)
-        resource.setrlimit(kind, (value if hard < 0 else min(value, hard), hard))
-    try:
-        sender.send(function(path, *arguments))
-    except (InputError, OSError) as error:
-        sender.send(error)

@@ -1,4 +1,4 @@
-"""What the tests share: the scripts on the path, tiny networks, and small prepared data that tests may copy."""
+"""What the tests share: tiny networks, small prepared data, training in this process and in forked ones."""
 
 import os
 import resource
@@ -8,10 +8,6 @@ import sys
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ['PYTHONPATH'] = str(ROOT)  # for the tests that start another interpreter
-
 import h5py
 import numpy as np
 import pytest
@@ -20,10 +16,14 @@ from PIL import Image
 
 import data_prepare
 import data_rechunk
+import engine
 import models
 from support.cli import STOP_SIGNALS, run_script
 from support.hdf5 import SPLITS
+from utils import WeightedLoss
 
+ROOT = Path(__file__).resolve().parent.parent
+os.environ['PYTHONPATH'] = str(ROOT)  # for the tests that start another interpreter
 torch.set_num_threads(1)  # faster for tiny networks
 
 
@@ -61,6 +61,44 @@ def shared_data(tmp_path_factory):
 def data(shared_data, tmp_path):
     """A copy of the shared data to change."""
     return Path(shutil.copytree(shared_data, tmp_path / 'data'))
+
+
+def training_options(data, out, *more):
+    return ['--data', str(data), '--out', str(out), '--epochs', '2', '--workers', '0', *map(str, more)]
+
+
+def train(data, out, *more, network=models.MTLNet, weighting=None):
+    """Train, with the shared data in three steps an epoch; returns the content of metrics.json."""
+    args = engine.training_parser('', out='').parse_args(training_options(data, out, *more))
+    return engine.train(network, weighting or WeightedLoss.equal(network.tasks), args)
+
+
+def read_folder(folder):
+    """{name: bytes} of the files of a run."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != '.lock'}
+
+
+def read_checkpoints(out):
+    return [torch.load(out / name, weights_only=True) for name in ('last.pt', 'best.pt')]
+
+
+def same_bits(one, two):
+    """Whether two nested values are equal in every bit, but for measured times."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(
+            same_bits(one[key], two[key]) for key in one if 'second' not in str(key)
+        )
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(same_bits, one, two))
+    return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+@pytest.fixture(scope='session')
+def finished_run(shared_data, tmp_path_factory):
+    """The folder of an uninterrupted run of two epochs; not to be changed."""
+    out = tmp_path_factory.mktemp('finished')
+    train(shared_data, out)
+    return out
 
 
 @pytest.fixture
@@ -129,9 +167,19 @@ def write_xml(path, size, box):
 
 def run_in_child(main, arguments, log, before=lambda: None):
     """The exit status of a script in a forked child, minus the signal if one ended it; `log` gets its output."""
+    return wait_for(start_child(main, arguments, log, before))
+
+
+def wait_for(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def start_child(main, arguments, log, before=lambda: None):
+    """The process number of a script in a forked child."""
     child = os.fork()
     if not child:
         status = 99
+        signal.alarm(120)  # a deadlock ends the test
         try:
             for stream in 1, 2:
                 os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
@@ -146,7 +194,7 @@ def run_in_child(main, arguments, log, before=lambda: None):
         finally:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
 
 
 def assert_full_disk_leaves_files(main, arguments, folder, limit):

@@ -1,16 +1,23 @@
-"""The networks: shapes, what is true by construction, and one set of parts."""
+"""The networks and the files that hold them."""
 
 import pytest
 import torch
 
 import models
-from models import AblatedNet, AblatedNet2, BoxHead, MTLNet, UNet
+from models import AblatedNet, AblatedNet2, BoxHead, MTLNet, UNet, load_model, model_content
+from support.checkpoint import MODEL_FORMAT, TRAINING_FORMAT, load_checkpoint, save_checkpoint
+from support.cli import InputError
 
 
-@pytest.mark.parametrize('network, tasks', [
-    (MTLNet, {'label', 'mask', 'bbox'}), (UNet, {'mask'}), (AblatedNet, {'label', 'mask'}),
-    (AblatedNet2, {'mask', 'bbox'}),
-])
+@pytest.mark.parametrize(
+    'network, tasks',
+    [
+        (MTLNet, {'label', 'mask', 'bbox'}),
+        (UNet, {'mask'}),
+        (AblatedNet, {'label', 'mask'}),
+        (AblatedNet2, {'mask', 'bbox'}),
+    ],
+)
 def test_outputs_are_none_for_absent_tasks(network, tasks):
     outputs = network(c_in=3, c_out_seg=1)(torch.randn(2, 3, 64, 64))
     shapes = {'label': (2, 37), 'mask': (2, 1, 64, 64), 'bbox': (2, 4)}
@@ -21,18 +28,18 @@ def test_outputs_are_none_for_absent_tasks(network, tasks):
 
 
 @pytest.mark.parametrize('size', [(64, 64), (80, 80), (96, 64), (144, 208), (256, 256)])
-def test_any_multiple_of_16_from_64_up_runs(size):
+def test_sides_that_are_multiples_of_16_from_64_up(size):
     outputs = MTLNet().eval()(torch.randn(1, 3, *size))
     assert outputs.mask.shape == (1, 1, *size)
 
 
 @pytest.mark.parametrize('size', [(48, 64), (64, 72), (100, 100)])
-def test_other_sizes_are_refused_with_the_size(size):
+def test_other_sides_are_refused(size):
     with pytest.raises(ValueError, match=f'{size[0]} x {size[1]}; sides must be multiples of 16'):
         MTLNet()(torch.randn(1, 3, *size))
 
 
-def test_boxes_are_ordered_and_inside_whatever_the_weights():
+def test_boxes_are_ordered_and_inside_for_any_weights():
     torch.manual_seed(0)
     model = MTLNet().eval()
     with torch.no_grad():
@@ -43,7 +50,7 @@ def test_boxes_are_ordered_and_inside_whatever_the_weights():
 
 
 class Maps(torch.nn.Module):
-    """Stands for a box head's convolutions: returns the maps that it is given."""
+    """In place of a box head's convolutions: returns the maps that it is given."""
 
     def __init__(self, maps):
         super().__init__()
@@ -53,12 +60,14 @@ class Maps(torch.nn.Module):
         return self.maps
 
 
-def test_a_box_can_lie_in_any_corner():
-    features = [torch.zeros(1, channels, 256 // 2**level, 256 // 2**level)
-                for level, channels in enumerate(models.CHANNELS, start=1)]
+def test_box_can_lie_in_any_corner():
+    features = [
+        torch.zeros(1, channels, 256 // 2**level, 256 // 2**level)
+        for level, channels in enumerate(models.CHANNELS, start=1)
+    ]
     head = BoxHead()
     for (y1, x1), (y2, x2) in [((0, 0), (1, 1)), ((15, 15), (14, 14)), ((0, 15), (1, 14))]:
-        maps = torch.full((1, 2, 16, 16), -50.)
+        maps = torch.full((1, 2, 16, 16), -50.0)
         maps[0, 0, y1, x1] = maps[0, 1, y2, x2] = 50
         head.corners = Maps(maps)
         expected = [min(x1, x2) / 15, min(y1, y2) / 15, max(x1, x2) / 15, max(y1, y2) / 15]
@@ -78,12 +87,12 @@ def test_masks_have_no_checkerboard(full_networks):
     for seed in range(3):
         torch.manual_seed(seed)
         logits = UNet().eval()(torch.randn(1, 3, 128, 128)).mask[0, 0, 8:-8, 8:-8]
-        signs = torch.tensor([1., -1.]).repeat(56)
+        signs = torch.tensor([1.0, -1.0]).repeat(56)
         for pattern in (signs[:, None], signs[None, :], signs[:, None] * signs[None, :]):
             assert (logits * pattern).mean().abs() < 0.01 * logits.std()
 
 
-def test_decoding_some_images_gives_the_logits_of_decoding_all():
+def test_decoding_some_images_gives_the_same_logits_as_all():
     model, images = MTLNet().eval(), torch.randn(4, 3, 64, 64)
     chosen = torch.tensor([True, False, False, True])
     some, every = model(images, decode=chosen), model(images)
@@ -92,8 +101,8 @@ def test_decoding_some_images_gives_the_logits_of_decoding_all():
     assert model(images, decode=torch.zeros(4, dtype=torch.bool)).mask is None
 
 
-def test_decoding_some_images_keeps_gradients_channels_last():
-    """Where two layouts meet, every operation is many times slower."""
+def test_gradient_of_selected_rows_is_channels_last():
+    """Operations on mixed memory formats are many times slower."""
     x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
     chosen = models.select_rows(x, torch.tensor([True, False, True, False]))
     assert chosen.is_contiguous(memory_format=torch.channels_last)
@@ -104,24 +113,138 @@ def test_decoding_some_images_keeps_gradients_channels_last():
     assert layouts == [True]
 
 
-def test_the_four_networks_share_their_parts():
+def test_four_networks_have_the_same_parts():
     whole = dict(MTLNet().named_parameters())
     for network in UNet, AblatedNet, AblatedNet2:
         part = dict(network().named_parameters())
         assert part.keys() < whole.keys()
         assert all(part[name].shape == whole[name].shape for name in part)
-    blocks = [name for name, value in vars(models).items()
-              if isinstance(value, type) and issubclass(value, models.SharedEncoderNet)]
+    blocks = [
+        name
+        for name, value in vars(models).items()
+        if isinstance(value, type) and issubclass(value, models.SharedEncoderNet)
+    ]
     assert len(blocks) == 5
 
 
-def test_every_parameter_learns_from_the_three_tasks(full_networks):
+def test_every_parameter_has_a_gradient(full_networks):
     model = MTLNet()
     outputs = model(torch.randn(2, 3, 64, 64))
     sum(value.square().sum() for value in outputs).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_other_channels_and_classes_are_taken():
+def test_other_numbers_of_channels_and_classes():
     outputs = MTLNet(c_in=1, c_out_seg=2, n_classes=5)(torch.randn(2, 1, 64, 64))
     assert outputs.mask.shape == (2, 2, 64, 64) and outputs.label.shape == (2, 5)
+
+
+# ---- model files
+
+NAMES = ['a cat', 'b dog']
+
+
+@pytest.fixture
+def model_path(tmp_path):
+    save_checkpoint(tmp_path / 'model.pt', model_content(MTLNet(n_classes=2), NAMES, (64, 80)))
+    return tmp_path / 'model.pt'
+
+
+@pytest.mark.parametrize('network', [MTLNet, UNet, AblatedNet, AblatedNet2])
+def test_model_file_rebuilds_its_model(tmp_path, network):
+    torch.manual_seed(0)
+    model = network(n_classes=2).eval()
+    save_checkpoint(tmp_path / 'model.pt', model_content(model, NAMES, (64, 80)))
+    loaded, images = load_model(tmp_path / 'model.pt'), torch.randn(1, 3, 64, 80)
+    assert type(loaded) is network and not loaded.training
+    assert loaded.class_names == NAMES and loaded.image_size == (64, 80)
+    for one, two in zip(model(images), loaded(images)):
+        assert one is two is None or torch.equal(one, two)
+
+
+def test_model_content_keeps_its_weights_while_the_model_trains():
+    model = UNet()
+    content = model_content(model, NAMES, (64, 64))
+    before = {name: value.clone() for name, value in content['weights'].items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(content['weights'][name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    'entry, value',
+    [
+        ('format', torch.zeros(3)),
+        ('format', TRAINING_FORMAT),
+        ('network', 'Encoder'),
+        ('network', 'UNet'),
+        ('network', ['MTLNet']),
+        ('class_names', 'ab'),
+        ('class_names', [1, 2]),
+        ('class_names', ['a']),
+        ('class_names', []),
+        ('class_names', ['\ud800', 'b']),
+        ('class_names', ['a' * 10**6, 'b']),
+        ('image_size', [65, 64]),
+        ('image_size', [10**6, 10**6]),
+        ('image_size', [64.0, 64]),
+        ('weights', None),
+        ('weights', {}),
+    ],
+)
+def test_wrong_entry_of_a_model_file_is_refused(model_path, entry, value):
+    torch.save(load_checkpoint(model_path, MODEL_FORMAT) | {entry: value}, model_path)
+    message = 'model.pt: (does not fit the networks|another kind of PyTorch file|a file of the format)'
+    with pytest.raises(InputError, match=message) as error:
+        load_model(model_path)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize('entry', ['network', 'class_names', 'image_size', 'weights'])
+def test_missing_entry_of_a_model_file_is_refused(model_path, entry):
+    content = load_checkpoint(model_path, MODEL_FORMAT)
+    del content[entry]
+    torch.save(content, model_path)
+    with pytest.raises(InputError, match=f"model.pt: does not fit the networks of models.py .'{entry}'"):
+        load_model(model_path)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda weight: weight * torch.nan,
+        lambda weight: weight.fill_(torch.inf),
+        lambda weight: weight[..., None],
+        lambda weight: weight.tolist(),
+    ],
+    ids=['NaN', 'infinity', 'shape', 'list'],
+)
+@pytest.mark.parametrize('position', [0, -1])
+def test_weights_that_do_not_fit_or_are_not_finite_are_refused(model_path, change, position):
+    content = load_checkpoint(model_path, MODEL_FORMAT)
+    name = [name for name, value in content['weights'].items() if value.is_floating_point()][position]
+    content['weights'][name] = change(content['weights'][name])
+    torch.save(content, model_path)
+    with pytest.raises(InputError, match='model.pt: does not fit the networks'):
+        load_model(model_path)
+
+
+def test_model_file_of_a_run(finished_run):
+    model = load_model(finished_run / 'best.pt')
+    assert type(model) is MTLNet and model.image_size == (64, 64) and len(model.class_names) == 8
+
+
+@pytest.mark.parametrize('damage', [lambda content: content[: len(content) // 2], lambda content: b''])
+def test_damaged_model_file_is_refused(model_path, damage):
+    model_path.write_bytes(damage(model_path.read_bytes()))
+    with pytest.raises(InputError, match="model.pt: not a valid checkpoint .*; expected 'segmentation-mtl model 1'"):
+        load_model(model_path)
+
+
+def test_changed_byte_of_a_model_file_is_noticed(model_path):
+    content = bytearray(model_path.read_bytes())
+    content[len(content) // 2] ^= 4
+    model_path.write_bytes(content)
+    with pytest.raises(InputError, match='model.pt: not a valid checkpoint .its part .* is damaged'):
+        load_model(model_path)

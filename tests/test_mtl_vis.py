@@ -63,8 +63,7 @@ def test_predicting_agrees_with_evaluation(model_path, shared_data):
 def test_test_pets_are_drawn_with_target_and_predicted_mask(model_path, shared_data, tmp_path, monkeypatch):
     rows, original = [], mtl_vis.save_picture
     monkeypatch.setattr(mtl_vis, 'save_picture', lambda r, path: (rows.extend(r), original(r, path)))
-    main(['--model', str(model_path), '--data', str(shared_data), '--out', str(tmp_path / 'mask.png'),
-          '--count', '3'])
+    main(['--model', str(model_path), '--data', str(shared_data), '--out', str(tmp_path / 'mask.png'), '--count', '3'])
     assert Image.open(tmp_path / 'mask.png').size == (3 * (256 + 44), 3 * (256 + 44))
     for row in rows:
         assert [title for title, _ in row][1:] == ['Target Mask', 'Predicted Mask']
@@ -75,8 +74,18 @@ def test_test_pets_are_drawn_with_target_and_predicted_mask(model_path, shared_d
 def test_photographs_give_a_line_a_mask_and_a_picture(model_path, tmp_path, capsys):
     first = photograph(tmp_path / 'one.png', (300, 200))
     second = photograph(tmp_path / 'two.jpg', (120, 330), 'L')
-    main(['--model', str(model_path), '--out', str(tmp_path / 'out.png'),
-          '--save-masks', str(tmp_path / 'masks'), str(first), str(second)])
+    main(
+        [
+            '--model',
+            str(model_path),
+            '--out',
+            str(tmp_path / 'out.png'),
+            '--save-masks',
+            str(tmp_path / 'masks'),
+            str(first),
+            str(second),
+        ]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f'{first}: ') and 'head ' in lines[0] and '% of the picture' in lines[0]
     mask = Image.open(tmp_path / 'masks' / 'two_mask.png')
@@ -89,8 +98,17 @@ def test_a_rotated_photograph_is_drawn_as_viewers_show_it(model_path, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new('RGB', (300, 200)).save(tmp_path / 'phone.jpg', exif=exif)
-    main(['--model', str(model_path), '--out', str(tmp_path / 'out.png'),
-          '--save-masks', str(tmp_path), str(tmp_path / 'phone.jpg')])
+    main(
+        [
+            '--model',
+            str(model_path),
+            '--out',
+            str(tmp_path / 'out.png'),
+            '--save-masks',
+            str(tmp_path),
+            str(tmp_path / 'phone.jpg'),
+        ]
+    )
     assert Image.open(tmp_path / 'phone_mask.png').size == (200, 300)
 
 
@@ -134,9 +152,12 @@ def test_no_input_is_overwritten_and_no_mask_twice(model_path, tmp_path, error_l
     one, two = photograph(tmp_path / 'cat.png'), photograph(tmp_path / 'b' / 'cat.png')
     mask = photograph(tmp_path / 'dog_mask.png')
     dog = photograph(tmp_path / 'dog.png')
-    for arguments in (['--out', one, one], ['--out', model_path, one],
-                      ['--save-masks', tmp_path / 'masks', one, two],
-                      ['--save-masks', tmp_path, dog, mask]):
+    for arguments in (
+        ['--out', one, one],
+        ['--out', model_path, one],
+        ['--save-masks', tmp_path / 'masks', one, two],
+        ['--save-masks', tmp_path, dog, mask],
+    ):
         before = {path: path.read_bytes() for path in (one, two, mask, dog, model_path)}
         line = error_line(main, '--model', model_path, '--out', tmp_path / 'out.png', *arguments)
         assert 'would be written over an input or twice' in line

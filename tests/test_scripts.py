@@ -1,13 +1,14 @@
-"""Every script: importable, helpful, and run in order from nothing to the picture."""
+"""Every script: its help, its imports, what it trains, and the way from nothing to the picture."""
 
 import ast
 import builtins
+import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, training_options
 
 import data_rechunk
 import oeq_weighting
@@ -15,114 +16,187 @@ import train_ablation
 import train_baseline
 import train_mtl
 from dataloader_mtl import MTLDataset
-from engine import load_model
+from models import load_model
+from support.cli import InputError
 
-SCRIPTS = sorted(path.stem for path in ROOT.glob('*.py'))
-MAINS = ('data_prepare', 'data_rechunk', 'mtl_vis', 'oeq_weighting', 'synthetic_pets', 'train_ablation',
-         'train_baseline', 'train_mtl')
-QUICK = ('--epochs', '1', '--limit-batches', '1', '--workers', '0')
+SOURCES = {
+    path.stem if path.parent == ROOT else f'support.{path.stem}': ast.parse(path.read_text())
+    for path in sorted([*ROOT.glob('*.py'), *ROOT.glob('support/*.py')])
+}
+SCRIPTS = [name for name in SOURCES if '.' not in name]
+MAINS = (
+    'data_prepare',
+    'data_rechunk',
+    'mtl_vis',
+    'oeq_weighting',
+    'synthetic_pets',
+    'train_ablation',
+    'train_baseline',
+    'train_mtl',
+)
+# Each imports from earlier levels only, support from support only.
+LEVELS = (
+    ('synthetic_pets',),
+    ('data_rechunk', 'data_prepare'),
+    ('dataloader_mtl', 'models', 'utils'),
+    ('engine',),
+    ('train_mtl', 'train_baseline', 'train_ablation', 'mtl_vis'),
+    ('oeq_weighting',),
+)
+QUICK = ('--epochs', 1, '--limit-batches', 1)
+
+
+@pytest.fixture
+def run_as_script(monkeypatch):
+    """Function that runs a script as `python NAME.py ARGUMENTS` does, in this process."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])
+        runpy.run_path(str(ROOT / f'{name}.py'), run_name='__main__')
+
+    return run
 
 
 @pytest.mark.parametrize('name', MAINS)
-def test_help_says_what_the_script_does(name):
-    run = subprocess.run([sys.executable, ROOT / f'{name}.py', '--help'], capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.startswith('usage: ') and '--out' in run.stdout \
-        or name == 'data_rechunk' and '--data' in run.stdout
+def test_help(name, run_as_script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_as_script(name, '--help')
+    printed = ' '.join(capsys.readouterr().out.split())  # without line breaks
+    assert stopped.value.code == 0 and printed.startswith(f'usage: {name}.py ')
+    summary = ' '.join(ast.get_docstring(SOURCES[name]).split()[:4])
+    assert name == 'synthetic_pets' or summary in printed
+    assert ('--data' if name == 'data_rechunk' else '--out') in printed
 
 
-def test_importing_every_script_runs_and_writes_nothing(tmp_path):
-    run = subprocess.run([sys.executable, '-c', f'import {", ".join(SCRIPTS)}'], cwd=tmp_path,
-                         capture_output=True, text=True, check=True)
-    assert run.stdout == run.stderr == '' and not list(tmp_path.iterdir())
+def test_imports_print_and_write_nothing_and_load_torch_only_where_it_is_needed(tmp_path):
+    code = f"""
+import sys
+import support.cli, support.files, support.hdf5, synthetic_pets, data_rechunk, data_prepare
+assert 'torch' not in sys.modules
+import {', '.join(SOURCES)}
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == done.stderr == '' and not list(tmp_path.iterdir()), done.stderr
+
+
+def imports_of(name):
+    """The project's modules that a module imports, anywhere in its text."""
+    found = set()
+    for node in ast.walk(SOURCES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f'{node.module}.{alias.name}' for alias in node.names}
+    return found
 
 
 def test_imports_run_one_way():
-    order = ['synthetic_pets', 'data_rechunk', 'data_prepare', 'dataloader_mtl', 'models', 'utils',
-             'engine', 'train_mtl', 'train_baseline', 'train_ablation', 'oeq_weighting', 'mtl_vis']
-    assert sorted(order) == SCRIPTS
-    for name in SCRIPTS:
-        for node in ast.walk(ast.parse((ROOT / f'{name}.py').read_text())):
-            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
-                [node.module] if isinstance(node, ast.ImportFrom) else []
-            for other in set(imported) & set(order):
-                assert order.index(other) < order.index(name)
+    assert sorted(sum(LEVELS, ())) == SCRIPTS
+    for name in SOURCES:
+        inner = imports_of(name) & set(SOURCES)
+        if name.startswith('support'):
+            assert all(other.startswith('support') for other in inner), name
+        else:
+            level = next(number for number, names in enumerate(LEVELS) if name in names)
+            allowed = set(sum(LEVELS[: level + (name == 'data_prepare')], ()))
+            assert {other for other in inner if not other.startswith('support')} <= allowed, name
+    for name in 'support.cli', 'support.files', 'support.hdf5':
+        assert not any(other.split('.')[0] in ('torch', 'torchvision') for other in imports_of(name)), name
+    assert not imports_of('support.cli') & set(SOURCES)
+    assert not imports_of('mtl_vis') & {'engine', 'data_prepare', 'data_rechunk'}
 
 
 def test_no_name_hides_a_builtin():
-    """But for MTLDataset's argument `type`, whose name is the original's."""
+    """Except MTLDataset's argument `type`, which is named as the original's."""
     hidden = set()
-    for name in SCRIPTS:
-        for node in ast.walk(ast.parse((ROOT / f'{name}.py').read_text())):
-            names = {getattr(node, 'arg', None)} if isinstance(node, ast.arg) else \
-                {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else \
-                {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.col_offset == 0 \
-                else set()
-            hidden |= {(name, found) for found in names if found in vars(builtins)}
+    for module, tree in SOURCES.items():
+        for node in ast.walk(tree):
+            name = None
+            if isinstance(node, ast.arg):
+                name = node.arg
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                name = node.id
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef) and node.col_offset == 0:
+                name = node.name
+            if name in vars(builtins):
+                hidden.add((module, name))
     assert hidden == {('dataloader_mtl', 'type')}
 
 
 def test_there_is_one_training_loop():
-    loops = [name for name in SCRIPTS if '.backward()' in (ROOT / f'{name}.py').read_text()]
-    assert loops == ['engine']
+    assert [name for name, tree in SOURCES.items() if '.backward()' in ast.unparse(tree)] == ['engine']
 
 
-def test_requirements_are_ranges_that_pip_can_install_anywhere():
+def test_requirements_are_ranges():
     for line in (ROOT / 'requirements.txt').read_text().splitlines():
-        assert '>=' in line and '==' not in line and '@' not in line and '=py' not in line
+        assert '>=' in line and '==' not in line and '@' not in line
 
 
 @pytest.mark.parametrize('without, outputs', [('bbox', (True, True, False)), ('class', (False, True, True))])
-def test_an_ablation_leaves_out_its_task(shared_data, tmp_path, without, outputs):
-    out = tmp_path / 'ablation'
-    train_ablation.main(['--without', without, '--data', str(shared_data), '--out', str(out), *QUICK])
-    found = load_model(out / 'best.pt')(torch.randn(1, 3, 64, 64))
+def test_ablation_leaves_out_its_task(shared_data, tmp_path, without, outputs):
+    train_ablation.main(['--without', without, *training_options(shared_data, tmp_path, *QUICK)])
+    found = load_model(tmp_path / 'best.pt')(torch.randn(1, 3, 64, 64))
     assert tuple(value is not None for value in found) == outputs
 
 
-def test_the_baseline_has_the_mask_alone(shared_data, tmp_path, capsys):
-    train_baseline.main(['--data', str(shared_data), '--out', str(tmp_path), *QUICK])
+def test_baseline_has_the_mask_alone(shared_data, tmp_path, capsys):
+    train_baseline.main(training_options(shared_data, tmp_path, *QUICK))
     printed = capsys.readouterr().out
     assert 'Dice Score - Segmentation' in printed and 'Accuracy' not in printed
 
 
 def test_all_weightings_run_and_the_table_is_sorted_by_test_dice(shared_data, tmp_path, capsys):
-    oeq_weighting.main(['--data', str(shared_data), '--out', str(tmp_path), *QUICK])
-    table = capsys.readouterr().out.split('weighting  ')[1].splitlines()
-    rows = [line.split() for line in table[1:]]
-    assert sorted(row[0] for row in rows) == sorted(
-        ['equal', '80-10-10', '70-15-15', '50-25-25', '25-50-25', '25-25-50', 'uncertainty'])
+    oeq_weighting.main(training_options(shared_data, tmp_path, *QUICK))
+    rows = [line.split() for line in capsys.readouterr().out.split('weighting  ')[1].splitlines()[1:]]
+    names = ['equal', '80-10-10', '70-15-15', '50-25-25', '25-50-25', '25-25-50', 'uncertainty']
+    assert sorted(row[0] for row in rows) == sorted(names) == sorted(path.name for path in tmp_path.iterdir())
     dice = [float(row[2]) for row in rows]
     assert dice == sorted(dice, reverse=True)
 
 
-def test_only_one_weighting_runs_when_asked(shared_data, tmp_path):
-    oeq_weighting.main(['--data', str(shared_data), '--out', str(tmp_path), '--only', '80-10-10', *QUICK])
+def test_one_weighting_runs_when_asked(shared_data, tmp_path):
+    oeq_weighting.main(training_options(shared_data, tmp_path, '--only', '80-10-10', *QUICK))
     assert [path.name for path in tmp_path.iterdir()] == ['80-10-10']
 
 
 def test_fixed_weights_are_segmentation_class_box():
-    assert oeq_weighting.weighting('50-30-20').weights == {'mask': .5, 'class': .3, 'box': .2}
+    assert oeq_weighting.weighting('50-30-20').weights == {'mask': 0.5, 'class': 0.3, 'box': 0.2}
 
 
-def test_the_courseworks_own_files_train_with_the_species_as_the_class(original_files, tmp_path):
+@pytest.mark.parametrize('also', [(), ('metrics.json',)], ids=['unfinished', 'finished'])
+def test_folder_of_weightings_is_not_trained_over(shared_data, tmp_path, also):
+    """Stopped and resumed, it would hold runs of other options."""
+    (tmp_path / 'uncertainty').mkdir()
+    for name in 'last.pt', *also:
+        (tmp_path / 'uncertainty' / name).touch()
+    with pytest.raises(InputError, match='uncertainty: holds a run; --resume'):
+        oeq_weighting.main(training_options(shared_data, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ['uncertainty']
+
+
+def test_weightings_resume_where_they_stopped(shared_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(oeq_weighting, 'NAMES', ('equal', 'uncertainty'))
+    oeq_weighting.main(training_options(shared_data, tmp_path, '--only', 'equal', *QUICK))
+    first = capsys.readouterr().out
+    oeq_weighting.main(training_options(shared_data, tmp_path, '--resume', *QUICK))
+    second = capsys.readouterr().out
+    assert first.count('epoch 1/1') == second.count('epoch 1/1') == 1  # equal is only tested again
+    assert second.index('---- uncertainty') < second.index('epoch 1/1')
+
+
+def test_files_of_the_original_train_with_the_species_as_the_class(original_files, tmp_path):
     root = original_files(count=20, dtype='float32', chunks=True, compression='gzip')
     data_rechunk.main(['--data', str(root)])
     assert MTLDataset('train', root=root).class_names == ['cat', 'dog']
-    train_mtl.main(['--data', str(root), '--out', str(tmp_path / 'run'),
-                    '--model', str(tmp_path / 'model.pt'), *QUICK])
-    model = load_model(tmp_path / 'model.pt')
-    assert model(torch.randn(1, 3, 64, 64)).label.shape == (1, 2)
+    train_mtl.main(training_options(root, tmp_path / 'run', '--model', tmp_path / 'model.pt', *QUICK))
+    assert load_model(tmp_path / 'model.pt')(torch.randn(1, 3, 64, 64)).label.shape == (1, 2)
 
 
-def test_from_nothing_to_the_picture_with_the_default_names(tmp_path):
-    """The README's way from photographs to mask.png, on drawn pets, in an empty folder."""
-    def run(script, *arguments):
-        subprocess.run([sys.executable, ROOT / script, *arguments], cwd=tmp_path, check=True,
-                       capture_output=True)
-
-    run('data_prepare.py', '--limit', '40', '--size', '64')
-    run('data_rechunk.py')
-    run('train_mtl.py', *QUICK)
-    run('mtl_vis.py')
-    found = {path.name for path in tmp_path.iterdir()}
-    assert found == {'datasets', 'runs', 'mtl_model.pt', 'mask.png'}
+def test_from_nothing_to_the_picture_with_the_default_names(tmp_path, monkeypatch, run_as_script):
+    """The README's way to mask.png, on synthetic pets, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    run_as_script('data_prepare', '--limit', 40, '--size', 64)
+    run_as_script('data_rechunk')
+    run_as_script('train_mtl', *QUICK)
+    run_as_script('mtl_vis')
+    assert {path.name for path in tmp_path.iterdir()} == {'datasets', 'runs', 'mtl_model.pt', 'mask.png'}

@@ -27,7 +27,7 @@ def test_the_head_box_lies_in_the_picture_and_on_the_pet():
     for pet in PETS:
         xmin, ymin, xmax, ymax = pet.bbox
         assert 0 <= xmin < xmax <= 128 and 0 <= ymin < ymax <= 128
-        inside = pet.mask[int(ymin):int(ymax), int(xmin):int(xmax)]
+        inside = pet.mask[int(ymin) : int(ymax), int(xmin) : int(xmax)]
         assert inside.mean() > 0.4
         assert inside.sum() < 0.95 * pet.mask.sum()  # there is more to a pet than its head
 

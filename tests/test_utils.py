@@ -5,8 +5,24 @@ import math
 import pytest
 import torch
 
-from utils import (BoxLoss, ClassLoss, DiceLoss, MaskLoss, UncertaintyLoss, WeightedLoss, accuracy,
-                   dice_score, iou_metric, mask_iou)
+from dataloader_mtl import Sample
+from models import Outputs
+from utils import (
+    METRICS,
+    TASKS,
+    BoxLoss,
+    ClassLoss,
+    DiceLoss,
+    MaskLoss,
+    MeanLosses,
+    UncertaintyLoss,
+    WeightedLoss,
+    accuracy,
+    dice_score,
+    iou_metric,
+    mask_iou,
+    task_losses,
+)
 
 NAN = math.nan
 
@@ -31,17 +47,17 @@ def test_mask_iou_of_each_image():
     assert found.tolist() == pytest.approx([1 / 2, 1, 1, 1 / 2])
 
 
-def test_box_iou_is_true_iou():
-    predicted = torch.tensor([[0, 0, .5, .5], [.3, .1, .7, .5], [.2, .2, .2, .2], [0, 0, .1, .1]])
-    target = torch.tensor([[.25, 0, .75, .5], [.3, .1, .7, .5], [.3, .1, .7, .5], [NAN] * 4])
+def test_box_iou_of_each_box():
+    predicted = torch.tensor([[0, 0, 0.5, 0.5], [0.3, 0.1, 0.7, 0.5], [0.2, 0.2, 0.2, 0.2], [0, 0, 0.1, 0.1]])
+    target = torch.tensor([[0.25, 0, 0.75, 0.5], [0.3, 0.1, 0.7, 0.5], [0.3, 0.1, 0.7, 0.5], [NAN] * 4])
     found = iou_metric(predicted, target, reduction='none')
     assert found.tolist() == pytest.approx([1 / 3, 1, 0])
     assert iou_metric(predicted, target).item() == pytest.approx(4 / 9)
 
 
-def test_a_box_without_area_scores_nothing():
-    point = torch.tensor([[.5, .3, .5, .3]])
-    assert iou_metric(point, torch.tensor([[.3, .1, .7, .5]])) == 0
+def test_iou_of_a_box_without_area_is_zero():
+    point = torch.tensor([[0.5, 0.3, 0.5, 0.3]])
+    assert iou_metric(point, torch.tensor([[0.3, 0.1, 0.7, 0.5]])) == 0
     assert iou_metric(point, point) == 0
 
 
@@ -63,47 +79,56 @@ def test_mask_loss_adds_the_cross_entropy_of_known_pixels():
 
 def test_class_loss_by_hand():
     assert ClassLoss(0)(torch.zeros(3, 5), torch.tensor([0, 1, -1])).item() == pytest.approx(math.log(5))
-    confident = torch.tensor([[20., 0.]])
+    confident = torch.tensor([[20.0, 0.0]])
     assert ClassLoss(0.1)(confident, torch.tensor([0])).item() == pytest.approx(0.05 * 20, rel=1e-4)
 
 
 def test_box_loss_by_hand():
     # Disjoint: IoU 0, union 1/2, hull 1: GIoU -1/2; mean difference (.5 + 0 + .5 + 0) / 4.
-    loss = BoxLoss()(torch.tensor([[0, 0, .25, 1.]]), torch.tensor([[.75, 0, 1, 1.]]))
-    assert loss.item() == pytest.approx((.75 + .75) / 4 + 1.5, abs=1e-5)
-    assert BoxLoss()(torch.tensor([[.1, .2, .3, .4]]), torch.tensor([[.1, .2, .3, .4]])) < 1e-5
+    loss = BoxLoss()(torch.tensor([[0, 0, 0.25, 1.0]]), torch.tensor([[0.75, 0, 1, 1.0]]))
+    assert loss.item() == pytest.approx((0.75 + 0.75) / 4 + 1.5, abs=1e-5)
+    assert BoxLoss()(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), torch.tensor([[0.1, 0.2, 0.3, 0.4]])) < 1e-5
 
 
-@pytest.mark.parametrize('loss, prediction, target', [
-    (DiceLoss(), torch.randn(3, 1, 4, 4), torch.full((3, 1, 4, 4), NAN)),
-    (MaskLoss(), torch.randn(3, 1, 4, 4), torch.full((3, 1, 4, 4), NAN)),
-    (ClassLoss(), torch.randn(3, 5), torch.full((3,), -1)),
-    (BoxLoss(), torch.rand(3, 4), torch.full((3, 4), NAN)),
-])
-def test_a_batch_without_a_label_gives_zero_and_a_zero_gradient(loss, prediction, target):
+@pytest.mark.parametrize(
+    'loss, prediction, target',
+    [
+        (DiceLoss(), torch.randn(3, 1, 4, 4), torch.full((3, 1, 4, 4), NAN)),
+        (MaskLoss(), torch.randn(3, 1, 4, 4), torch.full((3, 1, 4, 4), NAN)),
+        (ClassLoss(), torch.randn(3, 5), torch.full((3,), -1)),
+        (BoxLoss(), torch.rand(3, 4), torch.full((3, 4), NAN)),
+    ],
+)
+def test_loss_of_a_batch_without_labels_and_its_gradient_are_zero(loss, prediction, target):
     prediction.requires_grad_()
     value = loss(prediction, target)
     value.backward()
     assert value == 0 and (prediction.grad == 0).all()
 
 
-@pytest.mark.parametrize('metric, prediction, target', [
-    (dice_score, torch.randn(3, 1, 4, 4), torch.full((3, 1, 4, 4), NAN)),
-    (mask_iou, torch.randn(3, 1, 4, 4), torch.full((3, 1, 4, 4), NAN)),
-    (accuracy, torch.randn(3, 5), torch.full((3,), -1)),
-    (iou_metric, torch.rand(3, 4), torch.full((3, 4), NAN)),
-])
-def test_a_metric_of_a_batch_without_a_label_is_zero(metric, prediction, target):
+@pytest.mark.parametrize(
+    'metric, prediction, target',
+    [
+        (dice_score, torch.randn(3, 1, 4, 4), torch.full((3, 1, 4, 4), NAN)),
+        (mask_iou, torch.randn(3, 1, 4, 4), torch.full((3, 1, 4, 4), NAN)),
+        (accuracy, torch.randn(3, 5), torch.full((3,), -1)),
+        (iou_metric, torch.rand(3, 4), torch.full((3, 4), NAN)),
+    ],
+)
+def test_metric_of_a_batch_without_labels_is_zero(metric, prediction, target):
     assert metric(prediction, target) == 0
     assert metric(prediction, target, reduction='none').shape == (0,)
 
 
-@pytest.mark.parametrize('loss, prediction, target, unknown', [
-    (DiceLoss(), torch.randn(4, 1, 4, 4), torch.randint(0, 2, (4, 1, 4, 4)).float(), NAN),
-    (MaskLoss(), torch.randn(4, 1, 4, 4), torch.randint(0, 2, (4, 1, 4, 4)).float(), NAN),
-    (ClassLoss(), torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), -1),
-    (BoxLoss(), torch.tensor([[.1, .1, .4, .5]] * 4), torch.tensor([[.2, .2, .6, .6]] * 4), NAN),
-])
+@pytest.mark.parametrize(
+    'loss, prediction, target, unknown',
+    [
+        (DiceLoss(), torch.randn(4, 1, 4, 4), torch.randint(0, 2, (4, 1, 4, 4)).float(), NAN),
+        (MaskLoss(), torch.randn(4, 1, 4, 4), torch.randint(0, 2, (4, 1, 4, 4)).float(), NAN),
+        (ClassLoss(), torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), -1),
+        (BoxLoss(), torch.tensor([[0.1, 0.1, 0.4, 0.5]] * 4), torch.tensor([[0.2, 0.2, 0.6, 0.6]] * 4), NAN),
+    ],
+)
 def test_samples_without_the_label_change_neither_loss_nor_gradient(loss, prediction, target, unknown):
     alone = loss(prediction[:2], target[:2])
     target = target.clone()
@@ -116,26 +141,59 @@ def test_samples_without_the_label_change_neither_loss_nor_gradient(loss, predic
 
 
 def test_fixed_and_equal_weights():
-    losses = {'mask': torch.tensor(1.), 'class': torch.tensor(2.), 'box': torch.tensor(4.)}
+    losses = {'mask': torch.tensor(1.0), 'class': torch.tensor(2.0), 'box': torch.tensor(4.0)}
     assert WeightedLoss.equal(losses)(losses).item() == pytest.approx(7 / 3)
-    assert WeightedLoss({'mask': .8, 'class': .1, 'box': .1})(losses).item() == pytest.approx(1.4)
+    assert WeightedLoss({'mask': 0.8, 'class': 0.1, 'box': 0.1})(losses).item() == pytest.approx(1.4)
 
 
-def test_uncertainty_weights_follow_their_formula_and_move_to_its_optimum():
-    losses = {'mask': torch.tensor(.5), 'class': torch.tensor(2.), 'box': torch.tensor(.25)}
+def test_uncertainty_weights_follow_the_formula_and_reach_its_optimum():
+    losses = {'mask': torch.tensor(0.5), 'class': torch.tensor(2.0), 'box': torch.tensor(0.25)}
     weighting = UncertaintyLoss(losses)
-    assert weighting(losses).item() == pytest.approx(.5 + 2 + .125)
-    optimizer = torch.optim.Adam(weighting.parameters(), lr=.05)
+    assert weighting(losses).item() == pytest.approx(0.5 + 2 + 0.125)
+    optimizer = torch.optim.Adam(weighting.parameters(), lr=0.05)
     for _ in range(500):
         optimizer.zero_grad()
         weighting(losses).backward()
         optimizer.step()
     # The derivative vanishes at s = log(2 L), and at s = log(L) with the 1/2 of a regression.
-    expected = {'mask': 0, 'class': math.log(4), 'box': math.log(.25)}
-    assert {k: v.item() for k, v in weighting.log_variance.items()} == pytest.approx(expected, abs=.01)
+    expected = {'mask': 0, 'class': math.log(4), 'box': math.log(0.25)}
+    assert {k: v.item() for k, v in weighting.log_variance.items()} == pytest.approx(expected, abs=0.01)
 
 
-def test_an_absent_task_leaves_its_uncertainty_alone():
+def test_task_without_labels_leaves_its_uncertainty_alone():
     weighting = UncertaintyLoss(('mask', 'box'))
-    weighting({'mask': torch.tensor(1.)}).backward()
+    weighting({'mask': torch.tensor(1.0)}).backward()
     assert weighting.log_variance['box'].grad is None
+
+
+# ---- the losses of a batch and their means
+
+BATCH = Sample(
+    image=torch.zeros(3, 3, 4, 4),
+    bbox=torch.tensor([[0.1, 0.1, 0.5, 0.5], [NAN] * 4, [NAN] * 4]),
+    label=torch.tensor([1, 0, -1]),
+    mask=torch.full((3, 1, 4, 4), NAN),
+)
+BOX = torch.tensor([[0.1, 0.1, 0.5, 0.4]] * 3)
+
+
+def test_task_losses_are_those_of_the_tasks_with_labels():
+    losses = task_losses(Outputs(torch.zeros(3, 2), None, BOX), BATCH)
+    assert {task: count for task, (_, count) in losses.items()} == {'class': 2, 'box': 1}
+    assert losses['class'][0].item() == pytest.approx(math.log(2))
+    assert losses['box'][0].item() == BoxLoss()(BOX, BATCH.bbox).item()
+    assert task_losses(Outputs(None, None, BOX), BATCH).keys() == {'box'}
+
+
+def test_mean_losses_are_over_samples_and_go_on_from_totals():
+    losses = MeanLosses()
+    losses.add({'mask': (torch.tensor(1.0), 3), 'box': (torch.tensor(4.0), 1)})
+    again = MeanLosses(*losses.totals())
+    again.add({'mask': (torch.tensor(2.0), 1)})
+    assert again.result() == {'loss_mask': 5 / 4, 'loss_box': 4}
+
+
+def test_tables_have_the_fields_of_outputs_and_samples():
+    for task in TASKS.values():
+        assert task.field in Outputs._fields and task.field in Sample._fields
+    assert {metric.task for metric in METRICS.values()} == TASKS.keys()

@@ -1,0 +1,143 @@
+"""The files of a split: whether they are rechunked and belong together, and the values of their labels.
+
+Imports no torch.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from support.cli import InputError, are_names
+from support.hdf5 import (
+    MASK_UNKNOWN,
+    OPTIONAL,
+    SHAPES,
+    SampleReader,
+    find_dataset,
+    fingerprint,
+    has_own,
+    is_rechunked,
+    read_text,
+    reading_h5,
+)
+
+SPECIES = ('cat', 'dog')
+
+
+class Split(NamedTuple):
+    """What `open_split` finds; N is the number of samples."""
+
+    image_size: tuple  # (height, width)
+    preparation: str | None  # shared by all files of one run of data_prepare.py
+    fingerprints: dict  # {stem: `hdf5.fingerprint`}
+    class_names: list  # of str, the name of each label
+    labels: np.ndarray  # (N,) int64, -1 unknown
+    bboxes: np.ndarray  # (N, 4) float32: xmin, ymin, xmax, ymax in pixels, NaN unknown
+    has_mask: np.ndarray  # (N,) bool: whether any pixel of the mask is known
+
+
+def open_split(folder, label):
+    """The Split in a folder; `label` as for MTLDataset. Raises InputError for files that cannot be used."""
+    tables, names, fingerprints, lengths, sizes, preparations = {}, None, {}, {}, {}, {}
+    rechunk = f'run python data_rechunk.py --data {folder.parent}'
+    for stem in SHAPES:
+        path = folder / f'{stem}.h5'
+        if stem in OPTIONAL and label != 'breed' and not path.exists():
+            continue
+        with reading_h5(path) as file:
+            if not has_own(file, f'chunked_{stem}'):
+                raise InputError(f"{path}: no 'chunked_{stem}'; {rechunk}")
+            if not is_rechunked(file, stem):
+                raise InputError(f'{path}: not as data_rechunk.py stores it; {rechunk}')
+            dataset = find_dataset(file, f'chunked_{stem}')
+            check_type(path, dataset)
+            fingerprints[stem], lengths[stem] = fingerprint(dataset), len(dataset)
+            preparations[stem] = read_text(dataset.attrs, 'preparation')
+            if dataset.ndim == 2:
+                tables[stem] = dataset[()]
+            else:
+                sizes[stem] = tuple(map(int, dataset.shape[1:3]))
+            if stem == 'breeds':
+                names = read_text(dataset.attrs, 'class_names')
+    for what, values in ('lengths', lengths), ('sizes', sizes), ('preparations', preparations):
+        if len(set(values.values())) > 1:
+            listed = ', '.join(f'{stem} {value}' for stem, value in values.items())
+            raise InputError(
+                f'{folder}: the files do not belong together, their {what} differ: {listed}; prepare them again'
+            )
+    labels, class_names = check_labels(folder / 'binary.h5', tables['binary'], len(SPECIES)), list(SPECIES)
+    if label == 'breed' or label == 'auto' and 'breeds' in tables:
+        class_names = check_class_names(folder / 'breeds.h5', names)
+        labels = check_labels(folder / 'breeds.h5', tables['breeds'], len(class_names))
+    bboxes = check_boxes(folder / 'bboxes.h5', tables['bboxes'], *sizes['images'])
+    has_mask = check_masks(folder / 'masks.h5')
+    return Split(sizes['images'], preparations['images'], fingerprints, class_names, labels, bboxes, has_mask)
+
+
+# ---- values
+
+
+def check_type(path, dataset):
+    """Raises InputError for float images that seem to be scaled to [0, 1], and for masks that are not uint8."""
+    if path.stem == 'images' and dataset.dtype.kind == 'f' and dataset[0].max() <= 1:
+        raise InputError(f'{path}: the first image has no value above 1; images are expected as 0 to 255')
+    if path.stem == 'masks' and dataset.dtype != np.uint8:
+        raise InputError(f'{path}: {dataset.dtype}, so some value is not 0, 1 or 255; fix it and rechunk again')
+
+
+def check_class_names(path, names):
+    """`names`; raises InputError unless they are a list of printable names."""
+    if not are_names(names):
+        raise InputError(
+            f"{path}: no attribute 'class_names' with the breeds' names, each of 1 to 100 printable characters; "
+            'prepare the data again, or train with the species by removing the file'
+        )
+    return names
+
+
+def check_labels(path, table, n_classes):
+    """(N, 1) numbers -> (N,) int64 labels, -1 where unknown."""
+    values = table[:, 0]
+    wrong = np.flatnonzero(~((values >= -1) & (values < n_classes) & (values == np.rint(values))))
+    if len(wrong):
+        raise InputError(
+            f'{path}: sample {wrong[0]} has label {float(values[wrong[0]]):g}; '
+            f'expected a whole number from 0 to {n_classes - 1}, or -1 for unknown'
+        )
+    return values.astype(np.int64)
+
+
+def check_boxes(path, table, height, width):
+    """(N, 4) numbers -> (N, 4) float32 in pixels of an image of height x width, NaN where unknown."""
+    boxes = table.astype(np.float32)
+    known = ~np.isnan(boxes).any(axis=1)
+    # A pixel of slack: a box may be given by its first and last pixel, or rounded.
+    low, high = (boxes >= -1).all(axis=1), (boxes <= (width + 1, height + 1) * 2).all(axis=1)
+    wrong = np.flatnonzero(known & ~(low & high & (boxes[:, :2] < boxes[:, 2:]).all(axis=1)))
+    if len(wrong):
+        raise InputError(
+            f'{path}: sample {wrong[0]} has the box {boxes[wrong[0]].tolist()}; expected '
+            f'xmin < xmax and ymin < ymax within an image of {width} x {height} pixels'
+        )
+    boxes[~known] = np.nan
+    return boxes
+
+
+def check_masks(path):
+    """(N,) bool: whether any pixel of the mask is known."""
+    reader = SampleReader(path)
+    known, counts = [], np.zeros(256, np.int64)
+    mask = np.empty(reader.shape, reader.dtype)
+    for index in range(len(reader.dataset)):
+        reader.read(index, mask)
+        values = np.bincount(mask.ravel(), minlength=256)
+        if values[2:MASK_UNKNOWN].any():
+            raise InputError(
+                f'{path}: sample {index} holds {2 + values[2:].nonzero()[0][0]}; a mask holds 0, 1 and '
+                f'{MASK_UNKNOWN} for unknown'
+            )
+        known.append(values[:2].any())
+        counts += values
+    if counts[MASK_UNKNOWN] and counts[0] and not counts[1]:
+        raise InputError(f'{path}: holds 0 and 255 but no 1; 255 means unknown, the pet is 1')
+    return np.array(known)

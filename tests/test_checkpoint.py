@@ -1,0 +1,180 @@
+"""Checkpoint files: written whole, and only sound ones of the right kind are read."""
+
+import math
+import os
+import pickle
+import resource
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.checkpoint import (
+    MODEL_FORMAT,
+    TRAINING_FORMAT,
+    find_checkpoint,
+    is_finite,
+    load_checkpoint,
+    save_checkpoint,
+    save_last,
+)
+from support.cli import InputError
+
+CONTENT = {'format': TRAINING_FORMAT, 'weights': {'a': torch.arange(1000.0)}, 'steps': 2}
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A sound checkpoint."""
+    save_checkpoint(tmp_path / 'last.pt', CONTENT)
+    return tmp_path / 'last.pt'
+
+
+# ---- reading
+
+
+def test_content_is_read_as_it_was_written(path):
+    content = load_checkpoint(path, TRAINING_FORMAT)
+    assert content.keys() == CONTENT.keys() and content['steps'] == 2
+    assert torch.equal(content['weights']['a'], CONTENT['weights']['a'])
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (b'', 'not a valid checkpoint (File is not a zip file)'),
+        (b'no checkpoint at all', 'not a valid checkpoint (File is not a zip file)'),
+        ({'layer.weight': torch.zeros(3)}, 'another kind of PyTorch file, such as a state dict'),
+        (torch.zeros(3), 'another kind of PyTorch file'),
+        ({'format': torch.zeros(3)}, 'another kind of PyTorch file'),
+        ({'format': MODEL_FORMAT}, f"a file of the format '{MODEL_FORMAT}'"),
+        ({'format': TRAINING_FORMAT[:-1] + '1'}, "a file of the format 'segmentation-mtl training 1'"),
+        (torch.nn.Linear(2, 2), 'not a valid checkpoint (it holds more than plain weights)'),
+    ],
+    ids=['empty', 'text', 'state dict', 'tensor', 'no text', 'model', 'earlier', 'module'],
+)
+def test_file_of_another_kind_is_refused(path, content, message):
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(InputError) as error:
+        load_checkpoint(path, TRAINING_FORMAT)
+    assert str(error.value).startswith(f'{path}: {message}') and '\n' not in str(error.value)
+    assert str(error.value).endswith(f"; expected '{TRAINING_FORMAT}', which the training scripts write")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match='last.pt: no such file; the training scripts make it'):
+        load_checkpoint(tmp_path / 'last.pt', TRAINING_FORMAT)
+
+
+@pytest.mark.parametrize('share', [0.01, 0.5, 0.99])
+def test_truncated_file_is_refused(path, share):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(InputError, match='last.pt: not a valid checkpoint'):
+        load_checkpoint(path, TRAINING_FORMAT)
+
+
+def test_changed_byte_is_noticed(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(CONTENT['weights']['a'].numpy().tobytes()) + 2000] ^= 4
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)['steps'] == 2  # torch does not notice
+    with pytest.raises(InputError, match='last.pt: not a valid checkpoint .its part .* is damaged'):
+        load_checkpoint(path, TRAINING_FORMAT)
+
+
+def test_compressed_archive_is_refused(path):
+    """It could unpack to much more than its size."""
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('archive/data.pkl', bytes(10_000_000))
+    with pytest.raises(InputError, match='last.pt: not a valid checkpoint .a compressed archive'):
+        load_checkpoint(path, TRAINING_FORMAT)
+
+
+@pytest.mark.parametrize(
+    'write',
+    [
+        lambda content, path: torch.save(content, path),
+        lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+        lambda content, path: path.write_bytes(pickle.dumps(content)),
+    ],
+    ids=['zip', 'legacy', 'pickle'],
+)
+@pytest.mark.parametrize('kind', [MODEL_FORMAT, TRAINING_FORMAT])
+def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path, write, kind):
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / 'created',)
+
+    write({'format': kind, 'weights': Code()}, tmp_path / 'code.pt')
+    with pytest.raises(InputError, match='code.pt: not a valid checkpoint .*; expected'):
+        load_checkpoint(tmp_path / 'code.pt', kind)
+    assert not (tmp_path / 'created').exists()
+    pickle.loads(pickle.dumps(Code()))
+    assert (tmp_path / 'created').exists()
+
+
+@pytest.mark.parametrize('value, expected', [(1.0, True), (math.nan, False), (math.inf, False), (-math.inf, False)])
+def test_finite_state_dict(value, expected):
+    assert is_finite({'a': torch.zeros(2), 'b': torch.tensor([0, value]), 'steps': torch.tensor(3)}) == expected
+
+
+# ---- writing
+
+
+def test_metrics_of_a_finished_run_are_removed_before_last_checkpoint_is_replaced(tmp_path, monkeypatch):
+    """Otherwise a run that was killed in between would look finished and could be overwritten."""
+    save_last(tmp_path, {'number': 1})
+    (tmp_path / 'metrics.json').touch()
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target).name == 'last.pt':
+            raise SystemExit
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', killed)
+    with pytest.raises(SystemExit):
+        save_last(tmp_path, {'number': 2})
+    assert torch.load(tmp_path / 'last.pt') == {'number': 1} and not (tmp_path / 'metrics.json').exists()
+
+
+def test_last_checkpoint_that_links_to_another_disk_stays_a_link(tmp_path):
+    (tmp_path / 'disk').mkdir()
+    (tmp_path / 'last.pt').symlink_to(tmp_path / 'disk' / 'last.pt')
+    for number in range(2):
+        save_last(tmp_path, {'number': number})
+    assert (tmp_path / 'last.pt').is_symlink() and torch.load(tmp_path / 'disk' / 'last.pt') == {'number': 1}
+
+
+def test_full_disk_leaves_the_last_checkpoint(tmp_path):
+    (tmp_path / 'last.pt').write_bytes(b'before')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(InputError) as error:
+            save_last(tmp_path, CONTENT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(error.value) == f'{tmp_path}/last.pt: cannot be written and is left as it was (File too large)'
+    assert (tmp_path / 'last.pt').read_bytes() == b'before' and len(list(tmp_path.iterdir())) == 1
+
+
+# ---- finding
+
+
+def test_resume_takes_the_last_checkpoint_and_auto_starts_without_one(tmp_path):
+    for there in False, True:
+        assert find_checkpoint(tmp_path, 'last') == tmp_path / 'last.pt'
+        assert find_checkpoint(tmp_path, 'auto') == (tmp_path / 'last.pt' if there else None)
+        (tmp_path / 'last.pt').touch()
+
+
+def test_only_a_finished_run_is_started_over_without_resume(tmp_path):
+    assert find_checkpoint(tmp_path, None) is None
+    (tmp_path / 'last.pt').touch()
+    with pytest.raises(InputError, match='holds an unfinished run; --resume continues it'):
+        find_checkpoint(tmp_path, None)
+    (tmp_path / 'metrics.json').touch()
+    assert find_checkpoint(tmp_path, None) is None

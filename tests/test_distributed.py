@@ -1,0 +1,211 @@
+"""Data-parallel training. All but one of the tests fork the ranks that torchrun would start."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, read_checkpoints, same_bits, start_child, training_options, wait_for
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
+
+import engine
+import oeq_weighting
+import train_mtl
+from dataloader_mtl import MTLDataset, Sample
+from models import MTLNet, load_model
+from support.checkpoint import TRAINING_FORMAT, load_checkpoint
+from support.cli import InputError
+from support.device import has_fast_bfloat16
+from support.distributed import (
+    all_gather,
+    all_reduce_max,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    on_main_process,
+    print_once,
+    process_group,
+)
+from utils import UncertaintyLoss
+
+CPU = torch.device('cpu')
+
+
+def run_ranks(main, arguments, log, before=lambda: None, size=2):
+    """The exit statuses of a script's ranks; each prints to a file of its own, `log` and its number."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+
+    def start(rank):
+        def set_rank():
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(size),
+                LOCAL_WORLD_SIZE=str(size),
+                MASTER_ADDR='localhost',
+                MASTER_PORT=str(port),
+            )
+            before()
+
+        return start_child(main, arguments, f'{log}{rank}', set_rank)
+
+    return [wait_for(child) for child in [start(rank) for rank in range(size)]]
+
+
+def printed(log, size=2):
+    return [open(f'{log}{rank}').read() for rank in range(size)]
+
+
+# ---- messages between ranks
+
+
+def test_one_process_needs_no_group():
+    with process_group('cpu'):
+        assert (get_rank(), get_world_size(), is_main_process()) == (0, 1, True)
+        assert all_gather('a') == ['a'] and all_reduce_max([1, True], 'cpu') == [1, True]
+        assert on_main_process(lambda: 5) == 5
+    with pytest.raises(FileExistsError):
+        on_main_process(fail)
+
+
+def fail():
+    raise FileExistsError(17, 'File exists', 'README.md')
+
+
+def test_ranks_share_values_and_the_errors_of_rank_0(tmp_path):
+    calls = []
+
+    def refuse():
+        raise InputError('refused by rank 0')
+
+    def main(_):
+        with process_group('cpu'), process_group('cpu'):  # joined once
+            rank = get_rank()
+            assert all_gather({'rank': rank}) == [{'rank': 0}, {'rank': 1}]
+            assert all_reduce_max([rank, 5 - rank, rank == 1], 'cpu') == [1, 5, 1]
+            assert on_main_process(lambda: calls.append(rank) or f'of rank {rank}') == 'of rank 0'
+            assert calls == ([0] if rank == 0 else [])
+            print_once('once')
+            with pytest.raises(FileExistsError if rank == 0 else InputError, match='File exists.*README.md'):
+                on_main_process(fail)
+            on_main_process(refuse)
+
+    assert run_ranks(main, [], tmp_path / 'log') == [1, 1], printed(tmp_path / 'log')
+    first, second = printed(tmp_path / 'log')
+    assert first == 'once\nerror: refused by rank 0\n' and second == 'error: refused by rank 0\n'
+
+
+# ---- training
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    """Also where a share has none of a task's labels."""
+
+    def gradient(path):
+        with process_group('cpu'):
+            torch.manual_seed(0)
+            model = MTLNet(n_classes=4).eval()  # no dropout and no statistics of the batch
+            objective = engine.Objective(model, UncertaintyLoss(MTLNet.tasks), bfloat16=False)
+            batch = Sample(
+                image=torch.randn(4, 3, 64, 64),
+                bbox=torch.rand(4, 4).sort()[0],
+                label=torch.tensor([0, 1, -1, 3]),
+                mask=torch.ones(4, 1, 64, 64),
+            )
+            batch.bbox[1:], batch.mask[::2] = torch.nan, torch.nan  # rank 0 has no mask and the only box
+            rank, size = get_rank(), get_world_size()
+            module = DistributedDataParallel(objective, find_unused_parameters=True) if size > 1 else objective
+            module(Sample(*(part[rank::size] for part in batch)))[0].backward()
+            if rank == 0:
+                torch.save({name: p.grad for name, p in objective.named_parameters()}, path)
+
+    together, alone = tmp_path / 'together.pt', tmp_path / 'alone.pt'
+    assert run_ranks(lambda _: gradient(together), [], tmp_path / 'log') == [0, 0], printed(tmp_path / 'log')
+    gradient(alone)
+    together, alone = torch.load(together), torch.load(alone)
+    assert together.keys() == alone.keys() and any(grad.any() for grad in alone.values())
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name], atol=1e-5, rtol=1e-3)
+
+
+def test_two_processes_train_one_model_and_report_its_metrics(shared_data, tmp_path):
+    """Twice in one script, with fixed and with learned weights."""
+
+    def before():
+        oeq_weighting.NAMES = 'equal', 'uncertainty'
+
+    out, log = tmp_path / 'run', tmp_path / 'log'
+    assert run_ranks(oeq_weighting.main, training_options(shared_data, out), log, before) == [0, 0], printed(log)
+    first, second = printed(log)
+    assert first.count('epoch 2/2') == first.count('Dice Score - Segmentation') == 2
+    assert not any(word in second for word in ('network', 'epoch', 'Dice', 'weighting'))
+    for name in 'equal', 'uncertainty':
+        metrics = json.loads((out / name / 'metrics.json').read_text())
+        assert metrics['config']['processes'] == 2
+        model = load_model(out / name / 'best.pt')
+        for split, found in ('val', metrics['validation']), ('test', metrics['test']):
+            part = Subset(MTLDataset(split, root=shared_data), range(12))
+            bfloat16 = split == 'val' and has_fast_bfloat16(CPU)  # as in training
+            expected = engine.evaluate(model, part, CPU, bfloat16=bfloat16)
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_signal_to_one_of_two_processes_stops_both_after_the_step_and_both_go_on(shared_data, tmp_path):
+    def run(name, *more, stop_at=None):
+        step, count = torch.optim.AdamW.step, itertools.count(1)
+
+        def stop_rank_1(*args, **kw):
+            step(*args, **kw)
+            if next(count) == stop_at and get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def before():
+            torch.optim.AdamW.step = stop_rank_1
+
+        options = training_options(shared_data, tmp_path / name, '--model', tmp_path / 'model.pt', '--epochs', 1, *more)
+        log = tmp_path / f'{name}{len(more)}.log'
+        return run_ranks(train_mtl.main, options, log, before), printed(log)
+
+    statuses, lines = run('whole')
+    assert statuses == [0, 0], lines
+    statuses, lines = run('parts', stop_at=2)
+    assert statuses == [143, 143] and all('in epoch 1, after 2 steps of it' in text for text in lines), lines
+    assert load_checkpoint(tmp_path / 'parts' / 'last.pt', TRAINING_FORMAT)['steps'] == 2
+    statuses, lines = run('parts', '--resume')
+    assert statuses == [0, 0], lines
+    assert same_bits(read_checkpoints(tmp_path / 'whole'), read_checkpoints(tmp_path / 'parts'))
+
+
+def test_loss_of_one_rank_that_is_not_finite_stops_both(shared_data, tmp_path):
+    def before():
+        forward = engine.Objective.forward
+
+        def spoiled(self, batch):
+            total, losses = forward(self, batch)
+            return total * (torch.nan if get_rank() == 1 else 1), losses
+
+        engine.Objective.forward = spoiled
+
+    log = tmp_path / 'log'
+    options = training_options(shared_data, tmp_path / 'run', '--model', tmp_path / 'model.pt')
+    assert run_ranks(train_mtl.main, options, log, before) == [1, 1]
+    assert all('error: epoch 1/2, step 1 of 3: the loss is' in text for text in printed(log))
+    assert not (tmp_path / 'run' / 'last.pt').exists()
+
+
+def test_torchrun(shared_data, tmp_path):
+    script = [str(ROOT / 'train_mtl.py'), *training_options(shared_data, tmp_path / 'run'), '--epochs', '1']
+    script += ['--limit-batches', '1', '--batch-size', '2', '--model', str(tmp_path / 'model.pt')]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('epoch 1/1') == 1
+    assert json.loads((tmp_path / 'run' / 'metrics.json').read_text())['config']['processes'] == 2

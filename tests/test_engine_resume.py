@@ -1,0 +1,260 @@
+"""Runs that are stopped, killed, resumed or not alone in their folder."""
+
+import itertools
+import math
+import multiprocessing
+import os
+import re
+import signal
+
+import pytest
+import torch
+from conftest import (
+    read_checkpoints,
+    read_folder,
+    run_in_child,
+    same_bits,
+    start_child,
+    train,
+    training_options,
+    wait_for,
+)
+
+import engine
+import train_mtl
+from dataloader_mtl import MTLDataset
+from models import MTLNet
+from support.checkpoint import TRAINING_FORMAT, load_checkpoint
+from support.cli import InputError, Stopped
+from support.files import lock_folder
+from utils import UncertaintyLoss
+
+OFTEN = ('--checkpoint-minutes', '1e-9')  # a checkpoint after each step
+
+
+def stop_at_step(monkeypatch, number, step):
+    """Let the process send itself the signal `number` in the middle of its training step `step`."""
+    original, count = torch.optim.AdamW.step, itertools.count(1)
+
+    def optimizer_step(*args, **kw):
+        original(*args, **kw)
+        if next(count) == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', optimizer_step)
+
+
+@pytest.fixture
+def stop_run(shared_data, monkeypatch):
+    """Function that trains like `finished_run` and stops in the second epoch, after 2 of its 3 steps."""
+
+    def stop(out, *more):
+        with monkeypatch.context() as patch:
+            stop_at_step(patch, signal.SIGTERM, 5)
+            with pytest.raises(Stopped, match='stopped in epoch 2, after 2 steps of it; .*last.pt is written'):
+                train(shared_data, out, *more)
+
+    return stop
+
+
+def test_resume_is_bit_exact(shared_data, tmp_path, monkeypatch):
+    """In the middle of the first epoch and after the last step of the second, with workers.
+
+    Dropout, augmentation and learned weights are part of it.
+    """
+
+    def run(name, *more):
+        options = '--epochs', 3, '--workers', 2, *more
+        train(shared_data, tmp_path / name, *options, weighting=UncertaintyLoss(MTLNet.tasks))
+
+    run('whole')
+    for here, steps, more in (2, 2, ()), (4, 6, ('--resume',)):
+        with monkeypatch.context() as patch:
+            stop_at_step(patch, signal.SIGTERM, here)
+            with pytest.raises(Stopped, match='continue with the same command and --resume') as stopped:
+                run('parts', *more)
+        assert stopped.value.status == 143
+        last = load_checkpoint(tmp_path / 'parts' / 'last.pt', TRAINING_FORMAT)
+        assert len(last['history']) * 3 + last['steps'] == steps
+    run('parts', '--resume')
+    assert same_bits(read_checkpoints(tmp_path / 'whole'), read_checkpoints(tmp_path / 'parts'))
+
+
+def test_signal_during_evaluation_loses_no_step(shared_data, finished_run, tmp_path, monkeypatch):
+    """It ends the evaluation after the batch."""
+    evaluated, forward, loader = [], engine.forward, engine.evaluation_loader
+
+    def signal_in_evaluation(model, batch):
+        if not model.training:
+            evaluated.append(len(batch.image))
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, 'forward', signal_in_evaluation)
+        patch.setattr(engine, 'evaluation_loader', lambda part, size, workers: loader(part, 4, workers))
+        with pytest.raises(Stopped, match='in epoch 1, after 3 steps') as stopped:
+            train(shared_data, tmp_path)
+    assert stopped.value.status == 130 and evaluated == [4]
+    train(shared_data, tmp_path, '--resume')
+    assert same_bits(read_checkpoints(finished_run), read_checkpoints(tmp_path))
+
+
+def test_signal_to_the_process_group_waits_for_the_step(shared_data, tmp_path):
+    """As from the terminal, timeout or a batch system: the workers get it as well."""
+    out, step, count = tmp_path / 'run', torch.optim.AdamW.step, itertools.count(1)
+
+    def signal_group(*args, **kw):
+        step(*args, **kw)
+        done = next(count)
+        if done == 2:  # both workers have given a batch, and have to give more after the signal
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGTERM)
+        elif done == 12:
+            os.killpg(0, signal.SIGTERM)
+            os.killpg(0, signal.SIGTERM)  # timeout sends it to the process and to its group
+
+    def before():
+        os.setsid()
+        torch.optim.AdamW.step = signal_group
+
+    options = training_options(shared_data, out, '--batch-size', 1, '--workers', 2, '--model', tmp_path / 'model.pt')
+    status, printed = run_in_child(train_mtl.main, options, tmp_path / 'log', before), (tmp_path / 'log').read_text()
+    assert status == 143 and 'Traceback' not in printed, printed
+    assert printed.splitlines()[-1].endswith('last.pt is written; continue with the same command and --resume')
+    assert load_checkpoint(out / 'last.pt', TRAINING_FORMAT)['steps'] == 12
+
+
+def test_checkpoints_within_an_epoch_when_it_is_time(shared_data, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        engine, 'save_last', lambda _, state: written.append(3 * len(state['history']) + state['steps'])
+    )
+    train(shared_data, tmp_path, *OFTEN)
+    assert written == [1, 2, 3, 4, 5, 6]
+    written.clear()
+    train(shared_data, tmp_path)
+    assert written == [3, 6]
+
+
+def test_unfinished_run_is_not_overwritten_without_resume(shared_data, tmp_path, stop_run):
+    stop_run(tmp_path)
+    before = read_folder(tmp_path)
+    with pytest.raises(InputError, match='holds an unfinished run; --resume continues it'):
+        train(shared_data, tmp_path)
+    assert before == read_folder(tmp_path)
+    train(shared_data, tmp_path, '--resume')
+    train(shared_data, tmp_path)  # over a finished one
+
+
+def test_run_stopped_before_its_first_step_leaves_a_finished_one(shared_data, finished_run, tmp_path, monkeypatch):
+    for name, content in read_folder(finished_run).items():
+        (tmp_path / name).write_bytes(content)
+    before, load_splits = read_folder(tmp_path), engine.load_splits
+    monkeypatch.setattr(engine, 'load_splits', lambda *a: (signal.raise_signal(signal.SIGTERM), load_splits(*a))[1])
+    with pytest.raises(Stopped):
+        train(shared_data, tmp_path)
+    assert before == read_folder(tmp_path)
+
+
+@pytest.mark.parametrize('missing', [(), ('last.pt', 'best.pt', 'log.csv', 'curves.png')], ids=['goes on', 'starts'])
+def test_resume_auto(shared_data, finished_run, tmp_path, stop_run, capsys, missing):
+    stop_run(tmp_path)
+    for name in missing:
+        (tmp_path / name).unlink()
+    train(shared_data, tmp_path, '--resume', 'auto')
+    assert same_bits(read_checkpoints(finished_run), read_checkpoints(tmp_path))
+    assert ('resuming from' in capsys.readouterr().out) == (not missing)
+
+
+def test_resume_with_other_options_is_refused_with_the_differences(shared_data, finished_run, tmp_path):
+    (tmp_path / 'last.pt').write_bytes((finished_run / 'last.pt').read_bytes())
+    with pytest.raises(InputError, match='another configuration, lr was 0.003 and is 0.1; use the same options'):
+        train(shared_data, tmp_path, '--lr', '0.1', '--resume')
+    with pytest.raises(InputError, match='last.pt: no such file'):
+        train(shared_data, tmp_path / 'new', '--resume')
+
+
+def change_last(path, change):
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    'damage, message',
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1000]), 'not a valid checkpoint'),
+        (lambda path: change_last(path, lambda last: last.update(format='training 1')), "of the format 'training 1'"),
+        (lambda path: change_last(path, lambda last: last.pop('steps')), "does not fit this training .'steps'"),
+        (lambda path: change_last(path, lambda last: last['model'].popitem()), 'does not fit this training'),
+        (
+            lambda path: change_last(path, lambda last: last['weighting'].update(x=torch.zeros(1))),
+            'does not fit this training',
+        ),
+        (lambda path: change_last(path, lambda last: last['optimizer']['param_groups'].pop()), 'does not fit'),
+        *(
+            (
+                lambda path, part=part: change_last(
+                    path, lambda last: [t.fill_(math.nan) for t in last[part].values() if t.is_floating_point()]
+                ),
+                'does not fit this training .some of its weights are not finite',
+            )
+            for part in ('model', 'average')
+        ),
+    ],
+    ids=['truncated', 'format', 'entry', 'model', 'weighting', 'optimizer', 'model NaN', 'average NaN'],
+)
+@pytest.mark.parametrize('resume', ['last', 'auto'])
+def test_damaged_last_checkpoint_is_one_line_and_left_as_it_was(
+    shared_data, finished_run, tmp_path, error_line, damage, message, resume
+):
+    (tmp_path / 'last.pt').write_bytes((finished_run / 'last.pt').read_bytes())
+    damage(tmp_path / 'last.pt')
+    before = read_folder(tmp_path)
+    options = training_options(shared_data, tmp_path, '--resume', resume, '--model', tmp_path / 'model.pt')
+    line = error_line(train_mtl.main, *options)
+    assert re.search(f'last.pt: .*{message}', line) and len(line) < 500, line
+    assert before == read_folder(tmp_path)
+
+
+def test_missing_files_are_made_again_from_the_last_checkpoint(shared_data, finished_run, tmp_path):
+    (tmp_path / 'last.pt').write_bytes((finished_run / 'last.pt').read_bytes())
+    train(shared_data, tmp_path, '--resume')
+    assert same_bits(read_checkpoints(finished_run), read_checkpoints(tmp_path))
+    for name in 'log.csv', 'curves.png':
+        assert (finished_run / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_kill_after_last_checkpoint_mixes_no_files_of_two_runs(shared_data, finished_run, tmp_path):
+    """When best.pt, log.csv and curves.png are still those of an earlier, finished run."""
+    train(shared_data, tmp_path, '--seed', 1)
+    earlier = (tmp_path / 'best.pt').read_bytes()
+
+    def before():
+        engine.write_epoch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    options = training_options(shared_data, tmp_path, '--model', tmp_path / 'model.pt')
+    assert run_in_child(train_mtl.main, options, tmp_path.parent / 'log', before) == -signal.SIGKILL
+    assert (tmp_path / 'best.pt').read_bytes() == earlier and not (tmp_path / 'metrics.json').exists()
+    train(shared_data, tmp_path, '--resume')
+    assert same_bits(read_checkpoints(finished_run), read_checkpoints(tmp_path))
+
+
+def test_second_run_in_a_folder_is_refused(shared_data, tmp_path):
+    out, log = tmp_path / 'run', tmp_path / 'log'
+    options = training_options(shared_data, out, '--model', tmp_path / 'model.pt')
+    with lock_folder(out):
+        assert run_in_child(train_mtl.main, options, log) == 1
+    assert 'another process is writing to this folder' in log.read_text() and not read_folder(out)
+
+
+def test_two_runs_read_the_same_files_at_once(shared_data, tmp_path):
+    dataset = MTLDataset('train', root=shared_data)
+    dataset[0]
+    children = []
+    for name in 'one', 'two':
+        options = training_options(shared_data, tmp_path / name, '--epochs', 1, '--model', tmp_path / f'{name}.pt')
+        children.append(start_child(train_mtl.main, options, tmp_path / f'{name}.log'))
+    assert [wait_for(child) for child in children] == [0, 0]
+    assert len([dataset[i] for i in range(len(dataset))]) == 36

@@ -1,0 +1,79 @@
+"""What a run reports: lines, log.csv, curves.png, metrics.json."""
+
+import csv
+import json
+import resource
+
+import pytest
+from matplotlib.axes import Axes
+from PIL import Image
+
+from support.cli import InputError
+from support.report import draw_curves, epoch_line, print_metrics, write_log, write_metrics
+
+PRINTED = {'dice': 'Dice Score', 'accuracy': 'Accuracy'}
+FIRST = {'epoch': 1, 'train_loss_mask': 0.75, 'val_dice': 0.5, 'val_loss_mask': 0.8}
+SECOND = {**FIRST, 'epoch': 2, 'train_loss_class': 2.0, 'val_dice': 0.625, 'val_accuracy': 0.25}
+
+
+def test_epoch_line_has_losses_metrics_and_speed():
+    line = epoch_line({**SECOND, 'images_per_second': 123.5, 'total_seconds': 6.7}, 30)
+    assert line == (
+        'epoch 2/30: training loss mask 0.750 class 2.000; validation dice 0.6250 accuracy 0.2500; 123.5 images/s, 7 s'
+    )
+
+
+def test_metrics_are_printed_by_their_names(capsys):
+    print_metrics('Test', {'accuracy': 0.25}, PRINTED)
+    print_metrics('Test', {}, PRINTED)
+    assert capsys.readouterr().out == 'Test\n  Accuracy: 0.2500\nTest: no sample has a label\n'
+
+
+def test_log_has_a_row_for_each_epoch_and_empty_cells(tmp_path):
+    write_log([FIRST, SECOND], tmp_path / 'log.csv')
+    with open(tmp_path / 'log.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [*FIRST, 'train_loss_class', 'val_accuracy']
+    assert [row['val_dice'] for row in rows] == ['0.5', '0.625']
+    assert [row['val_accuracy'] for row in rows] == ['', '0.25']
+
+
+def test_curves_show_losses_and_metrics(tmp_path, monkeypatch):
+    labels, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, 'plot', lambda *args, **kw: (labels.append(kw['label']), plot(*args, **kw))[1])
+    draw_curves([FIRST, SECOND], PRINTED, tmp_path / 'curves.png')
+    assert sorted(labels) == ['Accuracy', 'Dice Score', 'class, train', 'mask, train', 'mask, val']
+    assert Image.open(tmp_path / 'curves.png').size == (1200, 480)
+
+
+def test_curves_of_a_history_without_labels_are_drawn(tmp_path):
+    draw_curves([{'epoch': 1, 'lr': 0.1}], PRINTED, tmp_path / 'curves.png')
+    assert Image.open(tmp_path / 'curves.png').size == (1200, 480)
+
+
+def test_metrics_file_has_the_versions_and_the_machine(tmp_path):
+    written = write_metrics({'test': {'dice': 0.5}}, tmp_path / 'metrics.json')
+    assert json.loads((tmp_path / 'metrics.json').read_text()) == written
+    assert written['test'] == {'dice': 0.5} and written['machine']['threads'] == 1
+    assert {'python', 'torch', 'h5py', 'numpy'} <= set(written['versions'])
+
+
+@pytest.mark.parametrize(
+    'name, write',
+    [
+        ('log.csv', lambda path: write_log([FIRST], path)),
+        ('curves.png', lambda path: draw_curves([FIRST], PRINTED, path)),
+        ('metrics.json', lambda path: write_metrics({}, path)),
+    ],
+)
+def test_full_disk_is_named_and_leaves_what_was_there(tmp_path, name, write):
+    (tmp_path / name).write_bytes(b'before')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(InputError) as error:
+            write(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(error.value) == f'{tmp_path / name}: cannot be written and is left as it was (File too large)'
+    assert (tmp_path / name).read_bytes() == b'before' and len(list(tmp_path.iterdir())) == 1
