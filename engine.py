@@ -44,15 +44,7 @@ from models import load_model, model_content
 from support.checkpoint import TRAINING_FORMAT, find_checkpoint, is_finite, load_checkpoint, save_checkpoint, save_last
 from support.cli import InputError, Stopped, StopRequest, positive_number, reason, whole_number
 from support.device import choose_device, has_fast_bfloat16, keep_freed_memory, seed_everything
-from support.distributed import (
-    all_gather,
-    all_reduce_max,
-    get_world_size,
-    is_main_process,
-    on_main_process,
-    print_once,
-    process_group,
-)
+from support.distributed import all_gather, get_world_size, is_main_process, on_main_process, print_once, process_group
 from support.files import lock_folder
 from support.report import draw_curves, epoch_line, print_metrics, write_log, write_metrics
 from utils import METRICS, PRINTED, TASKS, MeanLosses, mask_known, task_losses
@@ -329,7 +321,7 @@ class Checkpoints:
     def before_step(self):
         due = time.monotonic() - self.time > 60 * self.minutes and self.run.position() != self.saved
         # A signal or the time may come to one rank only; all of them act on it before the same step.
-        self.stop.number, due = all_reduce_max([self.stop.number, due], self.run.device)
+        self.stop.number, due = map(max, zip(*all_gather((self.stop.number, due))))
         self.stop.check()
         if due:
             self.save()

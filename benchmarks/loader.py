@@ -110,7 +110,7 @@ def main(argv=None):
         speeds, reads = {}, {}
         for checksums in False, True:
             part = MTLDataset('train', root=scratch / f'checksums_{checksums}')
-            readers = [SampleReader(part.folder / f'{stem}.h5', f'chunked_{stem}') for stem in ('images', 'masks')]
+            readers = [SampleReader(part.folder / f'{stem}.h5') for stem in ('images', 'masks')]
             arrays = [np.empty(reader.shape, reader.dtype) for reader in readers]
 
             def read(index, readers=readers, arrays=arrays):

@@ -6,7 +6,7 @@ Trains the reference network as the study did on the images that have a mask, fo
 train_mtl.py's recipe once for each number of --epochs, with the same number of threads. The clock runs
 while training; evaluation is not counted for either. Writes to --out a CSV of each curve, time_to_dice.png
 with all of them, and each of our runs in a folder of its own. A curve that is already there is not made
-again and a training of ours is resumed, so a comparison on the same --data goes on where it stopped, and
+again and a training of ours is resumed, so a comparison on the same --data continues where it stopped, and
 --only makes one part at a time. The test split is not used, but for the usual test at the end of our runs.
 
 The reference's last layer has one channel, and where its bias starts below zero it predicts no pet at

@@ -65,15 +65,6 @@ def all_gather(value):
     return values
 
 
-def all_reduce_max(numbers, device):
-    """The largest of each of `numbers`, whole numbers, over all processes."""
-    if dist.is_initialized():
-        tensor = torch.tensor(numbers, device=device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        numbers = tensor.tolist()
-    return numbers
-
-
 def on_main_process(action):
     """`action()` on rank 0; every process gets its value, or its InputError or OSError."""
     value = error = None

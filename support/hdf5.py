@@ -68,39 +68,31 @@ H5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowErr
 
 
 def open_h5(path, **options):
-    """An HDF5 file opened for reading, with options of h5py.File.
-
-    Raises InputError if it is missing, damaged or being written to.
-    """
-    require_file(path, 'data_prepare.py makes it')
+    """An h5py.File for reading, also on a file system without locks; `options` of h5py.File."""
     try:
-        try:
-            return h5py.File(path, 'r', **options)
-        except OSError as error:
-            if isinstance(error, BlockingIOError) or 'unable to lock file' not in str(error):
-                raise
-            return h5py.File(path, 'r', locking=False, **options)  # a file system without locks
-    except BlockingIOError:
-        raise InputError(f'{path}: another program has it open for writing; close it there') from None
-    except H5_ERRORS as error:
-        raise invalid_file(path, error) from None
+        return h5py.File(path, 'r', **options)
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or 'unable to lock file' not in str(error):
+            raise
+        return h5py.File(path, 'r', locking=False, **options)
 
 
 @contextmanager
 def reading_h5(path):
-    """`open_h5` for a `with` block; what h5py raises within the block becomes an InputError."""
-    with open_h5(path) as file:
-        try:
+    """`open_h5` for a `with` block; raises InputError for a file that is missing, damaged or being written to.
+
+    What h5py raises within the block becomes an InputError, too.
+    """
+    require_file(path, 'data_prepare.py makes it')
+    try:
+        with open_h5(path) as file:
             yield file
-        except H5_ERRORS as error:
-            if getattr(error, 'filename', None):  # of another file, which could not be written
-                raise
-            raise invalid_file(path, error) from None
-
-
-def invalid_file(path, error):
-    """The InputError for a damaged file; `error` is what h5py raised."""
-    return InputError(f'{path}: not a valid HDF5 file ({reason(error)}); make it again')
+    except BlockingIOError:
+        raise InputError(f'{path}: another program has it open for writing; close it there') from None
+    except H5_ERRORS as error:
+        if getattr(error, 'filename', None):  # of another file, which could not be written
+            raise
+        raise InputError(f'{path}: not a valid HDF5 file ({reason(error)}); make it again') from None
 
 
 def has_own(file, key):

@@ -38,40 +38,68 @@ class Split(NamedTuple):
 
 def open_split(folder, label):
     """The Split in a folder; `label` as for MTLDataset. Raises InputError for files that cannot be used."""
-    tables, names, fingerprints, lengths, sizes, preparations = {}, None, {}, {}, {}, {}
-    rechunk = f'run python data_rechunk.py --data {folder.parent}'
-    for stem in SHAPES:
-        path = folder / f'{stem}.h5'
-        if stem in OPTIONAL and label != 'breed' and not path.exists():
-            continue
-        with reading_h5(path) as file:
-            if not has_own(file, f'chunked_{stem}'):
-                raise InputError(f"{path}: no 'chunked_{stem}'; {rechunk}")
-            if not is_rechunked(file, stem):
-                raise InputError(f'{path}: not as data_rechunk.py stores it; {rechunk}')
-            dataset = find_dataset(file, f'chunked_{stem}')
-            check_type(path, dataset)
-            fingerprints[stem], lengths[stem] = fingerprint(dataset), len(dataset)
-            preparations[stem] = read_text(dataset.attrs, 'preparation')
-            if dataset.ndim == 2:
-                tables[stem] = dataset[()]
-            else:
-                sizes[stem] = tuple(map(int, dataset.shape[1:3]))
-            if stem == 'breeds':
-                names = read_text(dataset.attrs, 'class_names')
-    for what, values in ('lengths', lengths), ('sizes', sizes), ('preparations', preparations):
-        if len(set(values.values())) > 1:
-            listed = ', '.join(f'{stem} {value}' for stem, value in values.items())
-            raise InputError(
-                f'{folder}: the files do not belong together, their {what} differ: {listed}; prepare them again'
-            )
-    labels, class_names = check_labels(folder / 'binary.h5', tables['binary'], len(SPECIES)), list(SPECIES)
-    if label == 'breed' or label == 'auto' and 'breeds' in tables:
-        class_names = check_class_names(folder / 'breeds.h5', names)
-        labels = check_labels(folder / 'breeds.h5', tables['breeds'], len(class_names))
-    bboxes = check_boxes(folder / 'bboxes.h5', tables['bboxes'], *sizes['images'])
-    has_mask = check_masks(folder / 'masks.h5')
-    return Split(sizes['images'], preparations['images'], fingerprints, class_names, labels, bboxes, has_mask)
+    paths = {stem: folder / f'{stem}.h5' for stem in SHAPES}
+    files = {}
+    for stem, path in paths.items():
+        if stem not in OPTIONAL or label == 'breed' or path.exists():
+            files[stem] = read_file(path)
+    check_same(folder, 'lengths', {stem: file.length for stem, file in files.items()})
+    check_same(folder, 'sizes', {stem: files[stem].size for stem in ('images', 'masks')})
+    check_same(folder, 'preparations', {stem: file.preparation for stem, file in files.items()})
+    labels, class_names = check_labels(paths['binary'], files['binary'].table, len(SPECIES)), list(SPECIES)
+    if 'breeds' in files and label != 'species':
+        class_names = check_class_names(paths['breeds'], files['breeds'].class_names)
+        labels = check_labels(paths['breeds'], files['breeds'].table, len(class_names))
+    size = files['images'].size
+    return Split(
+        image_size=size,
+        preparation=files['images'].preparation,
+        fingerprints={stem: file.fingerprint for stem, file in files.items()},
+        class_names=class_names,
+        labels=labels,
+        bboxes=check_boxes(paths['bboxes'], files['bboxes'].table, *size),
+        has_mask=check_masks(paths['masks']),
+    )
+
+
+class File(NamedTuple):
+    """What `read_file` finds."""
+
+    length: int  # number of samples
+    size: tuple | None  # (height, width) of images and masks
+    preparation: str | None
+    fingerprint: tuple
+    table: np.ndarray | None  # boxes or labels as they are stored
+    class_names: list | None  # of breeds.h5
+
+
+def read_file(path):
+    """The File at `path`; raises InputError unless it is as data_rechunk.py writes it."""
+    rechunk = f'run python data_rechunk.py --data {path.parent.parent}'
+    with reading_h5(path) as file:
+        if not has_own(file, f'chunked_{path.stem}'):
+            raise InputError(f"{path}: no 'chunked_{path.stem}'; {rechunk}")
+        if not is_rechunked(file, path.stem):
+            raise InputError(f'{path}: not as data_rechunk.py stores it; {rechunk}')
+        dataset = find_dataset(file, f'chunked_{path.stem}')
+        check_type(path, dataset)
+        return File(
+            length=len(dataset),
+            size=tuple(map(int, dataset.shape[1:3])) if dataset.ndim == 4 else None,
+            preparation=read_text(dataset.attrs, 'preparation'),
+            fingerprint=fingerprint(dataset),
+            table=dataset[()] if dataset.ndim == 2 else None,
+            class_names=read_text(dataset.attrs, 'class_names'),
+        )
+
+
+def check_same(folder, what, values):
+    """Raises InputError unless all of {stem: value} are equal."""
+    if len(set(values.values())) > 1:
+        listed = ', '.join(f'{stem} {value}' for stem, value in values.items())
+        raise InputError(
+            f'{folder}: the files do not belong together, their {what} differ: {listed}; prepare them again'
+        )
 
 
 # ---- values
