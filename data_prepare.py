@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import synthetic_pets
-from support.cli import InputError, StopRequest, one_line, reason, run_script, whole_number
+from support.cli import InputError, StopRequest, one_line, positive_number, reason, run_script, whole_number
 from support.files import UnreadableFile, lock_folder, open_image, read_image, replacing, sync
 from support.hdf5 import (
     LARGEST_SIDE,
@@ -38,6 +38,7 @@ from support.hdf5 import (
     reading_h5,
     write_text,
 )
+from support.splits import limited
 
 BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
 STEMS = (*SHAPES, 'names')
@@ -110,7 +111,7 @@ class OxfordPets:
         return self.folder / 'annotations' / kind / f'{name}{".png" if kind == "trimaps" else ".xml"}'
 
     def read(self, record, size, warn):
-        """The record's LabelledImage; raises UnreadableFile for the image, calls `warn` for an annotation."""
+        """The record's LabelledImage; raises UnreadableFile for the image, passes that of an annotation to `warn`."""
         path = self._file('images', record.name)
         image = read_image(path).resize((size, size), Image.Resampling.BILINEAR)
         labels = []
@@ -178,13 +179,6 @@ def in_strata_order(records, seed):
         return record.has_mask, record.has_box, record.breed, mixed
 
     return sorted(records, key=key)
-
-
-def limited(records, limit):
-    """At most `limit` records, taken at regular intervals."""
-    if not limit or limit >= len(records):
-        return records
-    return [records[i * len(records) // limit] for i in range(limit)]
 
 
 def split_records(records, shares):
@@ -259,7 +253,7 @@ def refuse_to_replace_others(path):
 
 
 def prepare(source, out, size, shares, seed, limit, options):
-    """Write the splits under `out` and print what they hold. The files of all splits are replaced together."""
+    """Write the splits under `out` and print what they hold. No file is replaced before all are written."""
     out = Path(out)
     records = limited(in_strata_order(source.records, seed), limit)
     splits = split_records(records, shares)
@@ -311,11 +305,8 @@ def prepare(source, out, size, shares, seed, limit, options):
 
 def parse_shares(text):
     """'80-10-10' as three positive numbers."""
-    try:
-        shares = tuple(float(part) for part in text.split('-'))
-    except ValueError:
-        shares = ()
-    if len(shares) != 3 or not all(0 < share < float('inf') for share in shares):
+    shares = tuple(map(positive_number, text.split('-')))
+    if len(shares) != 3:
         raise argparse.ArgumentTypeError(f"'{text}' is not three positive numbers like 80-10-10")
     return shares
 

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision import ops, tv_tensors
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from support.cli import InputError, ignore_signals, signals_blocked
 from support.device import seed_everything
 from support.distributed import get_rank, get_world_size
 from support.hdf5 import H5_ERRORS, LARGEST_SIDE, MASK_UNKNOWN, SPLITS, SampleReader, fingerprint, is_image_size
-from support.splits import open_split
+from support.splits import limited, open_split
 
 # Of the training images, per RGB channel, for values in [0, 1].
 MEAN = (0.4773, 0.4458, 0.3949)
@@ -187,7 +187,7 @@ class MTLDataset(Dataset):
         all_boxes = torch.full((len(samples), 4), torch.nan)
         all_masks = torch.full((len(samples), 1, *images.shape[-2:]), MASK_UNKNOWN, dtype=torch.uint8)
         for row, (bbox, mask) in enumerate(zip(boxes, masks)):
-            all_boxes[row, :] = bbox[0] if len(bbox) else torch.nan
+            all_boxes[row : row + len(bbox)] = bbox
             all_masks[row, : len(mask)] = mask
         return images, all_boxes, all_masks
 
@@ -195,10 +195,7 @@ class MTLDataset(Dataset):
         """(N, 4) in pixels -> (N, 4) in [0, 1]; NaN where unknown or where augmentation left too little."""
         boxes = (boxes / torch.tensor([width, height, width, height])).clamp_(0, 1)
         if self.transform is not None:
-            kept = torch.full_like(boxes, torch.nan)
-            large = ops.remove_small_boxes(boxes, SMALLEST_BOX)
-            kept[large] = boxes[large]
-            return kept
+            boxes[(boxes[:, 2:] - boxes[:, :2] < SMALLEST_BOX).any(dim=1)] = torch.nan
         return boxes
 
     def with_labels(self, tasks):
@@ -219,7 +216,7 @@ class MTLDataset(Dataset):
             except H5_ERRORS:
                 same = False
             if not same:
-                raise InputError(f'{path}: was replaced by other data while in use; start again')
+                raise InputError(f'{path}: holds other data than when it was opened, or is damaged; start again')
             self._readers[stem] = reader
         return self._readers[stem]
 
@@ -234,30 +231,18 @@ def load_splits(root, tasks, limit=None):
     together.
     """
     datasets = {split: MTLDataset(split, root=root) for split in SPLITS}
-    check_same_preparation(datasets.values())
+    for what in 'class_names', 'image_size', 'preparation':  # otherwise an image could be in two of the splits
+        if len({str(getattr(dataset, what)) for dataset in datasets.values()}) > 1:
+            raise InputError(f'{root}: the splits do not belong together, their {what} differs; prepare them again')
     height, width = datasets['train'].image_size
     if not is_image_size(height, width):
         raise InputError(
             f'{root}: images of {width} x {height} pixels; the networks take multiples of 16 from 64 to {LARGEST_SIDE}'
         )
-    subsets = {}
-    for split, dataset in datasets.items():
-        indices = dataset.with_labels(tasks)
-        count = min(len(indices), limit or len(indices))
-        subsets[split] = Subset(dataset, [indices[i * len(indices) // count] for i in range(count)])
+    subsets = {split: Subset(each, limited(each.with_labels(tasks), limit)) for split, each in datasets.items()}
     if not len(subsets['train']):
         raise InputError(f'{datasets["train"].folder}: no sample has a label for {" or ".join(tasks)}')
     return subsets
-
-
-def check_same_preparation(datasets):
-    """Refuse splits of different classes, sizes or preparations: an image could be in two of them."""
-    first, *others = datasets
-    for what in 'class_names', 'image_size', 'preparation':
-        if any(getattr(other, what) != getattr(first, what) for other in others):
-            raise InputError(
-                f'{first.folder.parent}: the splits do not belong together, their {what} differs; prepare them again'
-            )
 
 
 def count_labels(subset):
@@ -285,8 +270,8 @@ def training_size(epoch, epochs, image_size):
 def epoch_positions(subset):
     """The positions in the Subset that an epoch draws from, (M,) int64.
 
-    If under a third of the images have masks, masked images are oversampled 3x; or most of the time would go
-    to images that teach the decoder nothing.
+    If under a third of the images have masks, masked images are oversampled 3x; otherwise most of the time would
+    go to images that teach the decoder nothing.
     """
     positions = torch.arange(len(subset))
     has_mask = torch.from_numpy(subset.dataset.labelled['mask'][subset.indices])

@@ -46,7 +46,7 @@ from support.cli import InputError, Stopped, StopRequest, positive_number, reaso
 from support.device import choose_device, has_fast_bfloat16, keep_freed_memory, seed_everything
 from support.distributed import all_gather, get_world_size, is_main_process, on_main_process, print_once, process_group
 from support.files import lock_folder
-from support.report import draw_curves, epoch_line, print_metrics, write_log, write_metrics
+from support.report import draw_curves, entries, epoch_line, print_metrics, write_log, write_metrics
 from utils import METRICS, PRINTED, TASKS, MeanLosses, mask_known, task_losses
 
 
@@ -62,12 +62,12 @@ def training_parser(description, out):
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='where to train (default: %(default)s)')
     add('--workers', type=whole_number(0), default=1, help='processes that load data (default: %(default)s)')
     add('--out', default=out, metavar='DIR', help=f"the run's folder (default: {out})")
-    resume = 'continue from last.pt in --out; auto: start if there is none'
-    add('--resume', nargs='?', const='last', choices=('last', 'auto'), help=resume)
-    often = 'minutes between two checkpoints within an epoch (default: %(default)s)'
-    add('--checkpoint-minutes', type=positive_number, default=10, metavar='M', help=often)
-    few = 'for a trial: use at most N times --batch-size images of each split'
-    add('--limit-batches', type=whole_number(1), metavar='N', help=few)
+    resume_help = 'continue from last.pt in --out; auto: start if there is none'
+    add('--resume', nargs='?', const='last', choices=('last', 'auto'), help=resume_help)
+    minutes_help = 'minutes between two checkpoints within an epoch (default: %(default)s)'
+    add('--checkpoint-minutes', type=positive_number, default=10, metavar='M', help=minutes_help)
+    limit_help = 'for a trial: use at most N times --batch-size images of each split'
+    add('--limit-batches', type=whole_number(1), metavar='N', help=limit_help)
     return parser
 
 
@@ -202,30 +202,25 @@ def make_optimizer(model, weighting, lr):
 
 
 def make_schedule(optimizer, lr, total_steps):
-    """The learning rate of each step: a warm-up to `lr` and a cosine to zero (Smith and Topin 2018).
+    """The learning rate of each step: a warm-up to `lr` and a cosine to almost zero (Smith and Topin 2018).
 
     The first of Adam's betas moves from 0.95 to 0.85 and back meanwhile.
     """
-    # With less than 6 steps, OneCycleLR divides by zero.
+    # OneCycleLR divides by zero for 5 steps.
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(6, total_steps), pct_start=0.2)
 
 
 def make_average(model, total_steps):
-    """The moving average of the weights over about the last twentieth of the run, which is what is evaluated."""
-    return AveragedModel(model, multi_avg_fn=moving_average(max(0, min(0.999, 1 - 20 / total_steps))), use_buffers=True)
+    """The moving average of the weights over about the last twentieth of the run, which is what is evaluated.
 
-
-def moving_average(decay):
-    """For AveragedModel: an exponential moving average with at most the decay (1 + n) / (10 + n) after n steps.
-
-    It averages over about the last ninth of the steps until `decay` is reached; with `decay` from the start,
-    the random initial weights would stay in it for long.
+    Early on it averages over the last ninth of the steps done, so that the random initial weights leave it soon.
     """
+    decay = max(0, min(0.999, 1 - 20 / total_steps))
 
     def update(averaged, current, count):
         get_ema_multi_avg_fn(min(decay, float((1 + count) / (10 + count))))(averaged, current, count)
 
-    return update
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 class Run:
@@ -271,7 +266,7 @@ class Run:
             self.best_model = model_content(self.average.module, self.class_names, self.image_size)
 
     def state(self, config):
-        """The content of last.pt, on every rank."""
+        """The content of last.pt. All ranks call it: it gathers their losses."""
         sums, counts = self.losses.totals()
         return {
             'format': TRAINING_FORMAT,
@@ -316,12 +311,13 @@ class Checkpoints:
     def __init__(self, run, config, folder, minutes, stop):
         self.run, self.config, self.folder = run, config, folder
         self.minutes, self.stop = minutes, stop
-        self.saved, self.time = run.position(), time.monotonic()
+        self.saved_position, self.saved_at = run.position(), time.monotonic()
 
     def before_step(self):
-        due = time.monotonic() - self.time > 60 * self.minutes and self.run.position() != self.saved
+        due = time.monotonic() - self.saved_at > 60 * self.minutes and self.run.position() != self.saved_position
         # A signal or the time may come to one rank only; all of them act on it before the same step.
-        self.stop.number, due = map(max, zip(*all_gather((self.stop.number, due))))
+        numbers, dues = zip(*all_gather((self.stop.number, due)))
+        self.stop.number, due = max(numbers), max(dues)
         self.stop.check()
         if due:
             self.save()
@@ -339,13 +335,13 @@ class Checkpoints:
         on_main_process(lambda: save_last(self.folder, state))
         if steps == 0:
             on_main_process(lambda: write_epoch(run, self.folder))
-        self.saved, self.time = run.position(), time.monotonic()
+        self.saved_position, self.saved_at = run.position(), time.monotonic()
 
     def save_and_stop(self, stopped):
         """Write last.pt if there is something new; returns the Stopped that says how to continue."""
-        if self.run.position() != self.saved:
+        if self.run.position() != self.saved_position:
             self.save()
-        epoch, steps = self.saved
+        epoch, steps = self.saved_position
         if (epoch, steps) == (1, 0):
             return stopped
         where = f'in epoch {epoch}, after {steps} steps of it; {self.folder}/last.pt is written'
@@ -386,10 +382,10 @@ def train(network, weighting, args):
             'preparation': train_set.preparation,
             **{name: getattr(args, name) for name in ('data', 'epochs', 'batch_size', 'lr', 'seed', 'limit_batches')},
         }
-        path = on_main_process(lambda: find_checkpoint(out, args.resume))
-        if path:
-            run.restore(path, config)
-            print_once(f'resuming from {path}, epoch {len(run.history) + 1}, step {run.steps} of {steps}')
+        checkpoint = on_main_process(lambda: find_checkpoint(out, args.resume))
+        if checkpoint:
+            run.restore(checkpoint, config)
+            print_once(f'resuming from {checkpoint}, epoch {len(run.history) + 1}, step {run.steps} of {steps}')
             if run.history:
                 on_main_process(lambda: write_epoch(run, out))
         print_once(', '.join(f'{name} {value}' for name, value in config.items()))
@@ -430,7 +426,7 @@ def train(network, weighting, args):
         best = run.best
         metrics = {
             'test': test,
-            'validation': {name[4:]: value for name, value in best.items() if name.startswith('val_')},
+            'validation': entries(best, 'val_'),
             'best_epoch': best['epoch'],
             'training_seconds': sum(row['total_seconds'] for row in run.history),
             'config': config | {'workers': args.workers},

@@ -5,7 +5,7 @@
     AblatedNet   mask and class
     AblatedNet2  mask and box
 
-Every network takes float images (N, c_in, H, W) whose sides are multiples of 16 from 64 up, and
+Every network takes float images (N, c_in, H, W) whose sides are multiples of 16 from 64 to 4,096, and
 returns `Outputs`. Shapes are written (N, C, H, W); /k stands for a side divided by k, rounded up.
 
 The finest convolutions work at half resolution: on a CPU, most of a U-Net's time goes into full resolution,
@@ -27,7 +27,7 @@ CHANNELS = (32, 64, 128, 256, 256)  # at /2, /4, /8, /16 and /32
 
 
 class Outputs(NamedTuple):
-    """What a network returns; a task that it does not have is None."""
+    """What a network returns; None for a task that it does not have, and for the mask if no image is decoded."""
 
     label: torch.Tensor | None  # (N, n_classes) class logits
     mask: torch.Tensor | None  # (K, c_out_seg, H, W) mask logits; K is N, or the number of decoded images

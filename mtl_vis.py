@@ -1,7 +1,7 @@
 """Draw what the trained multi-task network sees.
 
     python mtl_vis.py                            # some test pets, targets beside predictions
-    python mtl_vis.py cat.jpg dog.png            # your own photographs, any size and format
+    python mtl_vis.py cat.jpg dog.png            # your own photographs, of any size
     python mtl_vis.py --save-masks masks/ *.jpg  # also each mask as a PNG of the photograph's size
 
 Writes the picture to mask.png and prints a line for each photograph: breed, probability, head box in

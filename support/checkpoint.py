@@ -53,7 +53,7 @@ def load_checkpoint(path, expected, device='cpu'):
             f"{path}: not a valid checkpoint ({said}); expected '{expected}', which the training scripts write"
         ) from None
     found = content.get('format') if isinstance(content, dict) else None
-    if not isinstance(found, str) or found != expected:
+    if found != expected:
         what = 'another kind of PyTorch file, such as a state dict'
         if isinstance(found, str):
             what = f'a file of the format {found!r:.50}'

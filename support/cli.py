@@ -146,7 +146,7 @@ def are_names(values):
 
 
 def whole_number(minimum):
-    """An argparse type: a whole number from `minimum` to 2**32 - 1, the largest seed that numpy takes."""
+    """An argparse type: a whole number from `minimum` to 2**32 - 1."""
 
     def parse(text):
         if not text.lstrip('+-').isdecimal() or not minimum <= int(text) < 2**32:

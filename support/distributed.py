@@ -23,16 +23,13 @@ def process_group(device_name):
     if cuda:
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     else:  # torchrun asks for a single thread, however many cores there are
-        torch.set_num_threads(max(1, available_cores() // int(os.environ['LOCAL_WORLD_SIZE'])))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ['LOCAL_WORLD_SIZE'])))
     dist.init_process_group('nccl' if cuda else 'gloo')
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def available_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def get_rank():

@@ -14,18 +14,15 @@ import torchvision
 from support.files import write_file
 
 
+def entries(row, prefix):
+    """The entries of a row of log.csv whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+
 def epoch_line(row, epochs):
     """A row of log.csv as a line: training losses, validation metrics, speed."""
-    losses = ' '.join(
-        f'{name.removeprefix("train_loss_")} {value:.3f}'
-        for name, value in row.items()
-        if name.startswith('train_loss_')
-    )
-    metrics = ' '.join(
-        f'{name.removeprefix("val_")} {value:.4f}'
-        for name, value in row.items()
-        if name.startswith('val_') and not name.startswith('val_loss_')
-    )
+    losses = ' '.join(f'{task} {loss:.3f}' for task, loss in entries(row, 'train_loss_').items())
+    metrics = ' '.join(f'{name} {value:.4f}' for name, value in entries(row, 'val_').items() if 'loss_' not in name)
     return (
         f'epoch {row["epoch"]}/{epochs}: training loss {losses}; validation {metrics}; '
         f'{row["images_per_second"]:.1f} images/s, {row["total_seconds"]:.0f} s'

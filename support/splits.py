@@ -42,7 +42,7 @@ def open_split(folder, label):
     files = {}
     for stem, path in paths.items():
         if stem not in OPTIONAL or label == 'breed' or path.exists():
-            files[stem] = read_file(path)
+            files[stem] = read_split_file(path)
     check_same(folder, 'lengths', {stem: file.length for stem, file in files.items()})
     check_same(folder, 'sizes', {stem: files[stem].size for stem in ('images', 'masks')})
     check_same(folder, 'preparations', {stem: file.preparation for stem, file in files.items()})
@@ -62,8 +62,8 @@ def open_split(folder, label):
     )
 
 
-class File(NamedTuple):
-    """What `read_file` finds."""
+class SplitFile(NamedTuple):
+    """What `read_split_file` finds."""
 
     length: int  # number of samples
     size: tuple | None  # (height, width) of images and masks
@@ -73,8 +73,8 @@ class File(NamedTuple):
     class_names: list | None  # of breeds.h5
 
 
-def read_file(path):
-    """The File at `path`; raises InputError unless it is as data_rechunk.py writes it."""
+def read_split_file(path):
+    """The SplitFile at `path`; raises InputError unless it is as data_rechunk.py writes it."""
     rechunk = f'run python data_rechunk.py --data {path.parent.parent}'
     with reading_h5(path) as file:
         if not has_own(file, f'chunked_{path.stem}'):
@@ -83,7 +83,7 @@ def read_file(path):
             raise InputError(f'{path}: not as data_rechunk.py stores it; {rechunk}')
         dataset = find_dataset(file, f'chunked_{path.stem}')
         check_type(path, dataset)
-        return File(
+        return SplitFile(
             length=len(dataset),
             size=tuple(map(int, dataset.shape[1:3])) if dataset.ndim == 4 else None,
             preparation=read_text(dataset.attrs, 'preparation'),
@@ -100,6 +100,12 @@ def check_same(folder, what, values):
         raise InputError(
             f'{folder}: the files do not belong together, their {what} differ: {listed}; prepare them again'
         )
+
+
+def limited(items, limit):
+    """At most `limit` of the list `items`, taken at regular intervals; all of them for None."""
+    count = min(limit or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 # ---- values

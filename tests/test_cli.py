@@ -8,7 +8,7 @@ from conftest import run_in_child
 from support.cli import STOP_SIGNALS, InputError, Stopped, StopRequest, set_stop_handler
 
 
-def test_names_that_are_no_text_can_be_printed(tmp_path):
+def test_undecodable_and_control_characters_are_escaped_in_output(tmp_path):
     def main(_):
         print(b'caf\xe9'.decode(errors='surrogateescape'))
         raise InputError('a\x1b[2J\nb')

@@ -10,9 +10,10 @@ import pytest
 from conftest import assert_full_disk_leaves_files, write_xml
 from PIL import Image
 
-from data_prepare import Record, in_strata_order, limited, main, split_records
+from data_prepare import Record, in_strata_order, main, split_records
 from support.files import to_rgb
 from support.hdf5 import SPLITS, read_text
+from support.splits import limited
 
 
 def read(root, split, stem):

@@ -128,7 +128,7 @@ def test_label_tables_become_one_chunk(tmp_path):
     np.testing.assert_array_equal(read(path), np.arange(400.0).reshape(100, 4))
 
 
-def test_attributes_and_other_datasets_go_along(tmp_path):
+def test_rechunking_copies_attributes_and_other_datasets(tmp_path):
     path = write(tmp_path / 'breeds.h5', np.zeros((5, 1), 'int16'))
     with h5py.File(path, 'a') as file:
         file['breeds'].attrs['class_names'] = ['a', 'b']
@@ -139,7 +139,7 @@ def test_attributes_and_other_datasets_go_along(tmp_path):
         assert file['notes'][()].tolist() == [1, 2, 3]
 
 
-def test_a_file_of_the_originals_rechunking_loses_its_second_copy(tmp_path):
+def test_separate_chunked_copy_is_replaced_by_a_hard_link(tmp_path):
     path = write(tmp_path / 'images.h5', images(50))
     with h5py.File(path, 'a') as file:
         file.create_dataset('chunked_images', data=images(50), chunks=(1, 48, 40, 3))
@@ -162,7 +162,7 @@ def test_a_second_run_changes_nothing_and_says_so(original_files, capsys):
     assert all(path.stat().st_mtime_ns > time for path, time in first.items())
 
 
-def test_what_cannot_be_read_back_does_not_replace_the_source(tmp_path, monkeypatch, error_line):
+def test_source_is_kept_if_the_read_back_comparison_fails(tmp_path, monkeypatch, error_line):
     path = write(tmp_path / 'images.h5', images())
     before = path.read_bytes()
     monkeypatch.setattr(data_rechunk, 'same_bytes', lambda *_: False)
@@ -225,7 +225,7 @@ def greedy(path):
     ],
     ids=['crash', 'hang', 'memory'],
 )
-def test_a_crash_a_hang_and_too_much_memory_are_one_line(tmp_path, function, arguments, message):
+def test_child_crash_timeout_and_memory_limit_give_one_line_errors(tmp_path, function, arguments, message):
     path = write(tmp_path / 'images.h5', images())
     with pytest.raises(InputError, match=message):
         in_own_process(60, function, path, *arguments)
@@ -233,7 +233,7 @@ def test_a_crash_a_hang_and_too_much_memory_are_one_line(tmp_path, function, arg
     assert rechunk_file(path) == 20
 
 
-def test_what_the_parent_has_in_memory_is_not_taken_from_the_process_of_a_file(tmp_path):
+def test_child_memory_limit_is_on_top_of_the_parents_memory(tmp_path):
     path = write(tmp_path / 'images.h5', images())
     mapped = np.empty(5 << 30, np.uint8)  # which costs nothing as long as nobody writes to it
     assert rechunk_file(path) == 20 and len(mapped)
@@ -259,7 +259,7 @@ def test_the_process_of_a_file_ends_with_its_parent(tmp_path):
 
 
 @pytest.mark.parametrize('mark, count', [(b'SNOD', 1), (b'HEAP', 1), (b'TREE', 1), (b'\x89HDF', 1)])
-def test_damage_to_the_structure_is_one_line_whatever_hdf5_raises(original_files, error_line, mark, count):
+def test_every_hdf5_exception_gives_a_one_line_error(original_files, error_line, mark, count):
     root = original_files()
     path = root / 'train' / 'images.h5'
     content = path.read_bytes()
@@ -311,7 +311,7 @@ def unknown_filter(file):
         (unknown_filter, 'needs the HDF5 filter 32100'),
     ],
 )
-def test_values_that_are_elsewhere_or_nowhere_are_refused(tmp_path, store, message):
+def test_virtual_external_and_unreadable_datasets_are_refused(tmp_path, store, message):
     write(tmp_path / 'other.h5', images())
     path = tmp_path / 'images.h5'
     with h5py.File(path, 'w') as file:
@@ -321,7 +321,7 @@ def test_values_that_are_elsewhere_or_nowhere_are_refused(tmp_path, store, messa
     assert str(path) in str(error.value)
 
 
-def test_links_beside_the_data_go_along_unread(tmp_path):
+def test_links_are_copied_without_being_followed(tmp_path):
     path = write(tmp_path / 'images.h5', images())
     with h5py.File(path, 'a') as file:
         file['away'], file['nowhere'] = h5py.ExternalLink('/etc/hostname', '/x'), h5py.SoftLink('/y')
@@ -349,7 +349,7 @@ def test_a_file_that_another_program_writes_to_is_refused(tmp_path):
     assert 'another program has it open for writing; close it there' in log.read_text()
 
 
-def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+def test_file_is_read_without_locking_if_locks_are_unsupported(tmp_path, monkeypatch):
     path, original = write(tmp_path / 'images.h5', images()), h5py.File
 
     def no_locks(*args, locking=None, **kw):
@@ -381,7 +381,7 @@ def test_a_file_that_a_reader_has_open_can_be_rechunked(tmp_path, locking):
 
 
 @pytest.mark.parametrize('count', [3, 8, 29])
-def test_every_byte_is_compared(count):
+def test_same_bytes_detects_any_changed_byte(count):
     one = np.arange(count, dtype=np.float32)
     one[1] = np.nan
     assert data_rechunk.same_bytes(one, one.copy())
@@ -458,7 +458,7 @@ def test_memory_is_bounded_whatever_the_number_of_samples(tmp_path):
     assert 20 < used - peak('pass') < 400
 
 
-def test_importing_costs_no_torch():
+def test_import_does_not_load_torch():
     code = 'import sys, data_rechunk, data_prepare; print("torch" in sys.modules)'
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == 'False'

@@ -55,7 +55,7 @@ def test_a_sample_is_image_box_label_and_mask(shared_data):
     assert len(dataset) == 36 and dataset.image_size == (64, 64)
 
 
-def test_what_is_not_known_is_nan_and_minus_one(data):
+def test_missing_box_and_mask_are_nan_and_missing_label_is_minus_one(data):
     masks, boxes, breeds = (table(data, 'train', stem) for stem in ('masks', 'bboxes', 'breeds'))
     masks[0], boxes[0], breeds[0] = 255, np.nan, -1
     masks[1, :5] = 255
@@ -87,7 +87,7 @@ def test_the_label_is_the_breed_where_there_is_one_and_the_species_elsewhere(dat
 
 
 @pytest.mark.parametrize('layout', [{}, {'chunks': True, 'compression': 'gzip'}])
-def test_the_stored_type_changes_no_sample(original_files, tmp_path, layout):
+def test_samples_are_equal_for_all_stored_dtypes(original_files, tmp_path, layout):
     samples = []
     for dtype in 'uint8', 'float32', 'float64':
         root = original_files(tmp_path / dtype, dtype=dtype, **layout)
@@ -118,7 +118,7 @@ def test_images_that_stay_float_are_scaled_as_0_to_255(original_files, dtype):
     assert transformed.std() > 0.5  # not cut off at 1
 
 
-def test_oblong_boxes_are_relative_to_their_own_side(original_files):
+def test_box_is_divided_by_width_and_height_of_non_square_images(original_files):
     root = original_files(size=(64, 96))
     data_rechunk.rechunk(root)
     bbox = MTLDataset('train', root=root)[2][1]
@@ -173,7 +173,7 @@ def test_files_may_be_rechunked_and_not_replaced_by_others_while_they_are_in_use
     data_rechunk.rechunk_file(data / 'train' / 'images.h5', force=True)
     assert all(torch.equal(a, b) for a, b in zip(first, pickle.loads(pickle.dumps(dataset))[0]))
     change(data, 'images', 255 - table(data, 'train', 'images'), preparation='of other photographs')
-    with pytest.raises(InputError, match='images.h5: was replaced by other data while in use'):
+    with pytest.raises(InputError, match='images.h5: holds other data than when it was opened'):
         pickle.loads(pickle.dumps(dataset))[0]
 
 
@@ -182,11 +182,11 @@ def test_files_without_a_preparation_may_not_be_replaced_at_all_while_they_are_i
     data_rechunk.rechunk(root)
     dataset = MTLDataset('train', root=root)
     data_rechunk.rechunk_file(root / 'train' / 'images.h5', force=True)
-    with pytest.raises(InputError, match='was replaced by other data'):
+    with pytest.raises(InputError, match='holds other data than when it was opened'):
         pickle.loads(pickle.dumps(dataset))[0]
 
 
-def test_files_that_were_not_rechunked_here_are_sent_there(data):
+def test_file_not_written_by_data_rechunk_asks_to_run_it(data):
     """They may have any chunks, and their structure need have no checksums."""
     path = data / 'train' / 'images.h5'
     images = table(data, 'train', 'images')
@@ -201,7 +201,7 @@ def test_files_that_were_not_rechunked_here_are_sent_there(data):
     'name, value',
     [('preparation', [1.5, 2]), ('preparation', h5py.Empty('f')), ('class_names', 7), ('class_names', h5py.Empty('f'))],
 )
-def test_an_attribute_of_another_kind_is_one_line(data, name, value):
+def test_attribute_of_wrong_type_raises_input_error(data, name, value):
     with h5py.File(data / 'train' / 'breeds.h5', 'r+') as file:
         file['breeds'].attrs[name] = value
     with pytest.raises(InputError, match='train'):
@@ -255,7 +255,7 @@ def test_a_small_box_is_dropped_by_augmentation_alone(data):
     assert MTLDataset('train', lambda *parts: parts, root=data)[0][1].isnan().all()
 
 
-def test_samples_read_together_are_those_read_alone(data):
+def test_batched_reading_equals_reading_one_by_one(data):
     masks, boxes = table(data, 'train', 'masks'), table(data, 'train', 'bboxes')
     masks[2], masks[5, :9], boxes[4] = 255, 255, np.nan
     for stem, values in (
@@ -337,7 +337,7 @@ def test_breeds_whose_names_cannot_be_printed_are_refused(data, name):
     assert MTLDataset('train', root=data, label='species').class_names == ['cat', 'dog']
 
 
-def test_missing_chunks_say_to_rechunk(original_files):
+def test_missing_chunked_dataset_asks_to_run_data_rechunk(original_files):
     root = original_files()
     with pytest.raises(InputError, match="no 'chunked_images'; run python data_rechunk.py --data"):
         MTLDataset('train', root=root)

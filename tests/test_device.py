@@ -46,7 +46,7 @@ def test_seeds_of_a_key_are_the_same_each_time_and_others_for_other_keys():
         assert len(set(column)) == len(keys)
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
+def test_keep_freed_memory_does_nothing_without_glibc(monkeypatch):
     def missing(name):
         raise OSError(name)
 

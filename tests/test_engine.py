@@ -131,7 +131,7 @@ def test_number_of_workers_changes_no_bit(shared_data, finished_run, tmp_path):
 
 
 def test_moving_average_soon_forgets_the_start_and_then_is_slow():
-    average, values = engine.moving_average(0.99), [torch.zeros(1)]
+    average, values = engine.make_average(UNet(), 2000).multi_avg_fn, [torch.zeros(1)]
     for count in range(1, 1001):
         average(values, [torch.ones(1)], torch.tensor(count))
         if count == 20:

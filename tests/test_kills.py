@@ -187,7 +187,7 @@ class Train(Script):
 @pytest.mark.parametrize(
     'kind, share', [(Prepare, 0.3), (Rechunk, 0.4), (Train, 0.3)], ids=['prepare', 'rechunk', 'train']
 )
-def test_nothing_is_lost_when_a_script_is_killed(kind, share, tmp_path, pytestconfig):
+def test_rerun_after_random_kills_ends_with_complete_files(kind, share, tmp_path, pytestconfig):
     seed = pytestconfig.getoption('--seed')
     wanted = max(1, round(share * pytestconfig.getoption('--kills')))
     rng = random.Random(f'{seed} {kind.__name__}')

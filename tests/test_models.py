@@ -113,7 +113,7 @@ def test_gradient_of_selected_rows_is_channels_last():
     assert layouts == [True]
 
 
-def test_four_networks_have_the_same_parts():
+def test_other_networks_have_a_subset_of_mtlnets_parameters():
     whole = dict(MTLNet().named_parameters())
     for network in UNet, AblatedNet, AblatedNet2:
         part = dict(network().named_parameters())

@@ -139,7 +139,7 @@ def test_a_photograph_that_cannot_be_read_is_named(model_path, tmp_path, error_l
     assert not (tmp_path / 'out.png').exists()
 
 
-def test_a_broken_photograph_stops_no_other(model_path, tmp_path, error_line):
+def test_unreadable_photograph_does_not_stop_the_others(model_path, tmp_path, error_line):
     broken, sound = tmp_path / 'broken.jpg', photograph(tmp_path / 'sound.png')
     broken.write_bytes(b'no picture')
     line = error_line(main, '--model', model_path, '--out', tmp_path / 'out.png', broken, sound)
@@ -170,18 +170,18 @@ def test_a_missing_model_is_named(tmp_path, error_line):
 
 @pytest.mark.filterwarnings('error:Glyph')
 @pytest.mark.parametrize('name', ['$x^{ costs 5$', 'シャム猫'])
-def test_a_name_with_dollars_or_unknown_signs_is_drawn_without_a_remark(tmp_path, name):
+def test_title_with_dollar_or_missing_glyph_gives_no_warning(tmp_path, name):
     mtl_vis.save_picture([[(name, torch.zeros(3, 64, 64, dtype=torch.uint8))]], tmp_path / 'mask.png')
     assert Image.open(tmp_path / 'mask.png').size == (108, 108)
 
 
-def test_a_link_to_itself_is_one_broken_photograph(model_path, tmp_path, error_line):
+def test_symlink_loop_is_reported_as_unreadable(model_path, tmp_path, error_line):
     (tmp_path / 'a.jpg').symlink_to('a.jpg')
     line = error_line(main, tmp_path / 'a.jpg', '--model', model_path, '--out', tmp_path / 'mask.png')
     assert '1 of 1 photographs cannot be read' in line and 'a.jpg' in line
 
 
-def test_a_model_that_gives_no_numbers_is_one_line(model_path):
+def test_non_finite_prediction_raises_input_error(model_path):
     model = load_model(model_path)
     for weights in model.state_dict().values():
         if weights.is_floating_point():

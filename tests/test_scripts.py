@@ -192,7 +192,7 @@ def test_files_of_the_original_train_with_the_species_as_the_class(original_file
     assert load_model(tmp_path / 'model.pt')(torch.randn(1, 3, 64, 64)).label.shape == (1, 2)
 
 
-def test_from_nothing_to_the_picture_with_the_default_names(tmp_path, monkeypatch, run_as_script):
+def test_all_scripts_run_in_order_with_default_paths(tmp_path, monkeypatch, run_as_script):
     """The README's way to mask.png, on synthetic pets, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     run_as_script('data_prepare', '--limit', 40, '--size', 64)

@@ -41,7 +41,7 @@ def test_breeds_are_balanced_and_decide_species_and_name():
 
 
 @pytest.mark.parametrize('size', [64, 96, 256])
-def test_any_size_shows_the_same_pet(size):
+def test_drawn_pet_scales_with_size(size):
     pet = draw_pet(7, size=size)
     assert pet.image.shape == (size, size, 3) and pet.image.dtype == np.uint8
     assert pet.mask.shape == (size, size, 1) and pet.mask.dtype == np.uint8

@@ -160,7 +160,7 @@ def test_uncertainty_weights_follow_the_formula_and_reach_its_optimum():
     assert {k: v.item() for k, v in weighting.log_variance.items()} == pytest.approx(expected, abs=0.01)
 
 
-def test_task_without_labels_leaves_its_uncertainty_alone():
+def test_log_variance_has_no_gradient_without_labels():
     weighting = UncertaintyLoss(('mask', 'box'))
     weighting({'mask': torch.tensor(1.0)}).backward()
     assert weighting.log_variance['box'].grad is None
