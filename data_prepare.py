@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import synthetic_pets
-from support.cli import InputError, StopRequest, one_line, positive_number, reason, run_script, whole_number
+from support.cli import InputError, StopRequest, are_names, one_line, positive_number, reason, run_script, whole_number
 from support.files import UnreadableFile, lock_folder, open_image, read_image, replacing, sync
 from support.hdf5 import (
     LARGEST_SIDE,
@@ -74,7 +74,7 @@ class OxfordPets:
     def _read_list(self, path):
         """Read `NAME CLASS-ID SPECIES BREED-ID` lines: ids from 1, species 1 cat and 2 dog."""
         try:
-            lines = path.read_text('utf-8').splitlines()
+            lines = path.read_text('utf-8-sig').splitlines()
         except FileNotFoundError:
             raise InputError(f'{path}: no such file; --download fetches the dataset') from None
         except UnicodeDecodeError as error:
@@ -94,9 +94,10 @@ class OxfordPets:
                     f'{where}: class {class_id} and species {species}; '
                     'expected a class from 1 to 37 and a species 1 or 2'
                 )
-            if name in records or Path(name).name != name or not name.isprintable() or len(name) > 200:
-                raise InputError(f"{where}: '{name}' is listed twice or is not a plain file name")
             breed_name = name.rpartition('_')[0]
+            plain = Path(name).name == name and name.isprintable() and len(name) <= 200 and are_names([breed_name])
+            if name in records or not plain:
+                raise InputError(f"{where}: '{name}' is listed twice or is not a file name like Abyssinian_12")
             if class_names.setdefault(class_id, breed_name) != breed_name:
                 raise InputError(f"{where}: class {class_id} is '{class_names[class_id]}' and '{breed_name}'")
             records[name] = Record(
@@ -128,7 +129,7 @@ class OxfordPets:
         with open_image(path) as trimap:
             values = np.asarray(trimap.resize((size, size), Image.Resampling.NEAREST))
         found = np.unique(values)
-        if values.ndim != 2 or not np.isin(found, (1, 2, 3)).all():
+        if values.ndim != 2 or values.dtype.kind not in 'iu' or not np.isin(found, (1, 2, 3)).all():
             raise UnreadableFile(f'{path}: values {found[:5].tolist()}; a trimap holds 1, 2 and 3')
         return self.trimap_values[values][..., None]
 
@@ -281,10 +282,12 @@ def prepare(source, out, size, shares, seed, limit, options):
                 for record in sorted(splits[split]):
                     stop.check()
                     try:
-                        writer.add(record, source.read(record, size, warn))
+                        sample = source.read(record, size, warn)
+                        writer.add(record, sample)
+                        found = f'{split} {record} {sample.mask is not None} {sample.bbox is not None}'
+                        digest.update(found.encode())
                     except UnreadableFile as error:
                         warn(error, 'image')
-                    digest.update(f'\n{split} {record.name}'.encode())
                     bar.update()
                 if not writer.rows:
                     raise InputError(

@@ -118,7 +118,7 @@ def copy_rechunked(source, path, dtype, checksums):
 
 def find_source(file, stem):
     """The dataset to rechunk; a file may hold nothing but the study's `chunked_` copy."""
-    return find_dataset(file, stem if has_own(file, stem) else f'chunked_{stem}')
+    return find_dataset(file, f'chunked_{stem}' if f'chunked_{stem}' in file and stem not in file else stem)
 
 
 def needs_rechunking(path, checksums):

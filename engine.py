@@ -278,6 +278,7 @@ class Run:
             'sums': sums,
             'counts': counts,
             'seconds': self.seconds(),
+            'threads': torch.get_num_threads(),
             **{name: getattr(self, name).state_dict() for name in self.STATEFUL},
         }
 
@@ -291,6 +292,8 @@ class Run:
                 raise InputError(
                     f'{path}: another configuration, {", ".join(changed)}; use the same options, or another --out'
                 )
+            if content.get('threads') != torch.get_num_threads():
+                print_once(f'{path}: of a run with another number of threads; the weights will differ in the last bits')
             for name in self.STATEFUL:
                 getattr(self, name).load_state_dict(content[name])
             if not all(is_finite(content[name]) for name in ('model', 'weighting', 'average')):
@@ -439,4 +442,6 @@ def train(network, weighting, args):
             print_metrics(f'Test, epoch {best["epoch"]} of {args.epochs} ({chosen})', test, PRINTED)
             metrics = write_metrics(metrics, out / 'metrics.json')
             print(f'written to {out}')
+        if stop.number:
+            raise Stopped(stop.number, f'stopped; the run in {out} is finished, and --resume only tests it again')
         return metrics

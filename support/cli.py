@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import signal
 import sys
@@ -168,7 +169,8 @@ def positive_number(text):
 
 
 def file_to_write(text):
-    """An argparse type: a path that is no folder, so that the script fails before it trains."""
-    if Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"'{text}' is a folder; expected the name of a file")
+    """An argparse type: a path where a file can be written, so that the script fails before it trains."""
+    folder = next(parent for parent in Path(text).absolute().parents if parent.exists())
+    if Path(text).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a file that can be written")
     return text

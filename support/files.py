@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +46,12 @@ def replacing(path):
         os.replace(part, target)
         sync(target.parent)
     except OSError as error:
-        if error.filename not in (None, str(part)):
+        if error.filename not in (None, str(part), str(target.parent)):
             raise
         raise InputError(f'{target}: cannot be written and is left as it was ({reason(error)})') from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # there may be no such folder
+            part.unlink()
 
 
 def sync(path):
@@ -82,8 +83,12 @@ def lock_folder(folder):
     it. What a killed process left half written is removed. File systems without locks are not locked.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / '.lock', 'w') as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / '.lock', 'w')
+    except OSError as error:
+        raise InputError(f'{folder}: cannot be written to ({reason(error)}); choose another folder') from None
+    with file:
         try:
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -153,6 +153,8 @@ def check_boxes(path, table, height, width):
             f'{path}: sample {wrong[0]} has the box {boxes[wrong[0]].tolist()}; expected '
             f'xmin < xmax and ymin < ymax within an image of {width} x {height} pixels'
         )
+    if known.any() and boxes[known].max() <= 1:
+        raise InputError(f'{path}: no coordinate is above 1; boxes are expected in pixels')
     boxes[~known] = np.nan
     return boxes
 

@@ -261,10 +261,10 @@ def test_an_annotation_that_makes_no_sense_is_left_out(oxford, tmp_path, capsys,
 def test_a_name_that_cannot_be_printed_or_is_too_long_is_refused(oxford, tmp_path, error_line):
     root = oxford(2)
     path = root / 'oxford-iiit-pet/annotations/list.txt'
-    for name in 'a\x1b[2J', 'a\0b', 'x' * 300:
+    for name in 'a_\x1b[2J', 'a_\0b', 'a_' + 'x' * 300, 'x' * 101 + '_1', 'without', '_1':
         path.write_text(f'{name} 1 1 1\n')
         line = error_line(main, '--root', root, '--out', tmp_path / 'out')
-        assert 'is not a plain file name' in line and line.isprintable()
+        assert 'is not a file name like Abyssinian_12' in line and line.isprintable()
 
 
 @pytest.mark.parametrize('limit', [0, 100, 3000, 5000, 300_000, 500_000])
@@ -360,7 +360,7 @@ def test_nothing_is_written_when_a_split_stays_empty(oxford, tmp_path, error_lin
         ('breed0_0 1', 'is not NAME CLASS-ID'),
         ('breed0_0 99 1 1', 'class 99'),
         ('breed0_0 1 3 1', 'species 3'),
-        ('../breed0_0 1 1 1', 'not a plain file name'),
+        ('../breed0_0 1 1 1', 'not a file name like'),
         ('breed0_0 1 1 1\nbreed0_0 1 1 1', 'listed twice'),
         ('breed0_0 1 1 1\nbreed1_1 1 1 1', "'breed0' and 'breed1'"),
     ],
@@ -371,6 +371,33 @@ def test_a_wrong_line_in_the_list_is_named(oxford, tmp_path, error_line, text, m
     path.write_text(text)
     line = error_line(main, '--root', root, '--out', tmp_path / 'out')
     assert message in line and f'{path}, line ' in line
+
+
+@pytest.mark.parametrize('mode, colour, kept', [('1', 1, False), ('F', 1.0, False), ('I;16', 1, True), ('L', 1, True)])
+def test_trimaps_hold_whole_numbers(oxford, tmp_path, capsys, mode, colour, kept):
+    root = oxford(20, masks=range(20))
+    path = root / 'oxford-iiit-pet/annotations/trimaps/breed0_0.png'
+    Image.new(mode, (80, 60), colour).save(path, format='TIFF')
+    main(['--root', str(root), '--out', str(tmp_path / 'out'), '--size', '64', '--split', '60-20-20'])
+    assert ('unreadable annotations left out: 1' not in capsys.readouterr().out) == kept
+
+
+def test_list_with_a_byte_order_mark_is_read(oxford, tmp_path):
+    root = oxford(10)
+    path = root / 'oxford-iiit-pet/annotations/list.txt'
+    path.write_bytes(b'\xef\xbb\xbf' + b'\n'.join(path.read_bytes().splitlines()[1:]))
+    main(['--root', str(root), '--out', str(tmp_path / 'out'), '--size', '64', '--split', '60-20-20'])
+
+
+def test_repaired_annotation_makes_another_preparation(oxford, tmp_path):
+    root, found = oxford(10, boxes=range(10)), []
+    path = root / 'oxford-iiit-pet/annotations/xmls/breed0_0.xml'
+    for content in '', path.read_text():
+        path.write_text(content)
+        main(['--root', str(root), '--out', str(tmp_path / 'out'), '--size', '64', '--split', '60-20-20'])
+        with h5py.File(tmp_path / 'out' / 'train' / 'images.h5') as file:
+            found.append(read_text(file['images'].attrs, 'preparation'))
+    assert found[0] != found[1]
 
 
 def test_a_missing_dataset_is_named(tmp_path, error_line):

@@ -303,8 +303,8 @@ def unknown_filter(file):
 @pytest.mark.parametrize(
     'store, message',
     [
-        (external, "no dataset 'chunked_images'"),
-        (soft, "no dataset 'chunked_images'"),
+        (external, "no dataset 'images' of its own, not a link or group"),
+        (soft, "no dataset 'images' of its own, not a link or group"),
         (raw, 'takes its values from other files'),
         (virtual, 'takes its values from other files'),
         (many, 'has 1000000000 samples in only 192 bytes'),
@@ -505,4 +505,6 @@ def test_a_file_without_its_dataset_is_named(original_files, error_line):
     path = original_files() / 'train' / 'images.h5'
     with h5py.File(path, 'w') as file:
         file['pictures'] = images()
-    assert "no dataset 'chunked_images'; it holds ['pictures']" in error_line(main, '--data', path.parent.parent)
+    assert "no dataset 'images' of its own, not a link or group; it holds ['pictures']" in error_line(
+        main, '--data', path.parent.parent
+    )

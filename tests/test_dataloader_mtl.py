@@ -366,6 +366,14 @@ def test_files_of_two_preparations_are_refused(data):
         MTLDataset('train', root=data)
 
 
+def test_boxes_scaled_to_1_are_refused(original_files):
+    root = original_files()
+    change(root, 'bboxes', table(root, 'train', 'bboxes') / 64)
+    data_rechunk.rechunk(root)
+    with pytest.raises(InputError, match='bboxes.h5: no coordinate is above 1; boxes are expected in pixels'):
+        MTLDataset('train', root=root)
+
+
 @pytest.mark.parametrize(
     'stem, row, message',
     [

@@ -308,6 +308,7 @@ def test_class_without_training_samples_stays_a_class(data, tmp_path):
         ('--limit-batches', '0'),
         ('--checkpoint-minutes', '0'),
         ('--model', '.'),
+        ('--model', f'{__file__}/model.pt'),
     ],
 )
 def test_option_out_of_range_is_refused(option, value, tmp_path, capsys):

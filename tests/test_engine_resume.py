@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 
 import pytest
@@ -98,6 +99,23 @@ def test_signal_during_evaluation_loses_no_step(shared_data, finished_run, tmp_p
     assert stopped.value.status == 130 and evaluated == [4]
     train(shared_data, tmp_path, '--resume')
     assert same_bits(read_checkpoints(finished_run), read_checkpoints(tmp_path))
+
+
+def test_signal_after_the_test_says_that_the_run_is_finished(shared_data, tmp_path, monkeypatch):
+    write = engine.write_metrics
+    monkeypatch.setattr(engine, 'write_metrics', lambda *args: signal.raise_signal(signal.SIGTERM) or write(*args))
+    with pytest.raises(Stopped, match='is finished, and --resume only tests it again') as stopped:
+        train(shared_data, tmp_path)
+    assert stopped.value.status == 143 and (tmp_path / 'metrics.json').exists()
+
+
+def test_resume_says_if_the_number_of_threads_has_changed(shared_data, finished_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished_run, tmp_path / 'run')
+    train(shared_data, tmp_path / 'run', '--resume')
+    assert 'another number of threads' not in capsys.readouterr().out
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 7)
+    train(shared_data, tmp_path / 'run', '--resume')
+    assert 'another number of threads' in capsys.readouterr().out
 
 
 def test_signal_to_the_process_group_waits_for_the_step(shared_data, tmp_path):

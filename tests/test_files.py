@@ -47,6 +47,14 @@ def test_a_links_target_is_replaced_and_a_folder_is_refused(tmp_path):
         write_file(tmp_path / 'disk', lambda file: None)
 
 
+def test_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(InputError, match='file: cannot be written to .File exists.; choose another folder'):
+        lock_folder(tmp_path / 'file').__enter__()
+    with pytest.raises(InputError, match='file/a: cannot be written and is left as it was'):
+        write_file(tmp_path / 'file' / 'a', lambda file: None)
+
+
 def test_a_folder_has_one_writer_and_the_next_removes_unfinished_files(tmp_path):
     stale, other, log = tmp_path / 'images.h5.4711.part', tmp_path / 'novel.part', tmp_path / 'log.txt'
     stale.touch(), other.touch()
