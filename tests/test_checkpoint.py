@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_folder
 
 from support.checkpoint import (
     MODEL_FORMAT,
@@ -148,8 +149,9 @@ def test_last_checkpoint_that_links_to_another_disk_stays_a_link(tmp_path):
     assert (tmp_path / 'last.pt').is_symlink() and torch.load(tmp_path / 'disk' / 'last.pt') == {'number': 1}
 
 
-def test_full_disk_leaves_the_last_checkpoint(tmp_path):
+def test_full_disk_leaves_the_last_checkpoint_and_the_metrics(tmp_path):
     (tmp_path / 'last.pt').write_bytes(b'before')
+    (tmp_path / 'metrics.json').write_bytes(b'{}')
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
@@ -158,7 +160,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(error.value) == f'{tmp_path}/last.pt: cannot be written and is left as it was (File too large)'
-    assert (tmp_path / 'last.pt').read_bytes() == b'before' and len(list(tmp_path.iterdir())) == 1
+    assert read_folder(tmp_path) == {'last.pt': b'before', 'metrics.json': b'{}'}
 
 
 # ---- finding
