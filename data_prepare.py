@@ -26,18 +26,7 @@ from tqdm import tqdm
 import synthetic_pets
 from support.cli import InputError, StopRequest, are_names, one_line, positive_number, reason, run_script, whole_number
 from support.files import UnreadableFile, lock_folder, open_image, read_image, replacing, sync
-from support.hdf5 import (
-    LARGEST_SIDE,
-    MASK_UNKNOWN,
-    SHAPES,
-    SPLITS,
-    create_h5,
-    has_metadata_checksums,
-    has_own,
-    is_image_size,
-    reading_h5,
-    write_text,
-)
+from support.hdf5 import LARGEST_SIDE, MASK_UNKNOWN, SHAPES, SPLITS, create_h5, is_image_size, reading_h5, write_text
 from support.splits import limited
 
 BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
@@ -239,14 +228,13 @@ class SplitWriter:
 
 def refuse_to_replace_others(path):
     """Raises InputError if there is a file at `path` that this script did not write."""
-    if not os.path.lexists(path):
-        return
     try:
         with reading_h5(path) as file:
-            ours = has_metadata_checksums(file) and has_own(file, path.stem) and 'preparation' in file[path.stem].attrs
-    except InputError:  # damaged, or not an HDF5 file
-        ours = False
-    if not ours:
+            if 'preparation' in file[path.stem].attrs:
+                return
+    except InputError:  # missing, damaged, or not an HDF5 file
+        pass
+    if os.path.lexists(path):
         raise InputError(
             f'{path}: was not made by data_prepare.py, or is damaged, and is left alone; choose another --out or '
             'move it away'
