@@ -15,6 +15,7 @@ epoch are in dataloader_mtl.py, losses and metrics in utils.py.
 import argparse
 import math
 import time
+import zlib
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -374,6 +375,8 @@ def train(network, weighting, args):
         positions = epoch_positions(splits['train'])
         steps = steps_per_epoch(positions, args.batch_size)
         run = Run(network, weighting, train_set, steps * args.epochs, args.lr, device)
+        # Tells files that were made elsewhere, which have no preparation, from others.
+        labels_checksum = zlib.crc32(train_set.labels.tobytes() + train_set.bboxes.tobytes())
         config = {
             'network': network.__name__,
             'weighting': type(weighting).__name__,
@@ -382,7 +385,7 @@ def train(network, weighting, args):
             'device': device.type,
             'processes': get_world_size(),
             'train_samples': len(splits['train']),
-            'preparation': train_set.preparation,
+            'preparation': train_set.preparation or f'checksum {labels_checksum:08x}',
             **{name: getattr(args, name) for name in ('data', 'epochs', 'batch_size', 'lr', 'seed', 'limit_batches')},
         }
         checkpoint = on_main_process(lambda: find_checkpoint(out, args.resume))

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 
+import h5py
 import pytest
 import torch
 from conftest import (
@@ -21,6 +22,7 @@ from conftest import (
     wait_for,
 )
 
+import data_rechunk
 import engine
 import train_mtl
 from dataloader_mtl import MTLDataset
@@ -183,6 +185,17 @@ def test_resume_auto(shared_data, finished_run, tmp_path, stop_run, capsys, miss
     train(shared_data, tmp_path, '--resume', 'auto')
     assert same_bits(read_checkpoints(finished_run), read_checkpoints(tmp_path))
     assert ('resuming from' in capsys.readouterr().out) == (not missing)
+
+
+def test_resume_on_other_files_made_elsewhere_is_refused(original_files, tmp_path):
+    root = original_files()
+    data_rechunk.rechunk(root)
+    train(root, tmp_path / 'run', '--epochs', 1)
+    train(root, tmp_path / 'run', '--epochs', 1, '--resume')
+    with h5py.File(root / 'train' / 'bboxes.h5', 'r+') as file:
+        file['bboxes'][:] = file['bboxes'][()][::-1]
+    with pytest.raises(InputError, match='another configuration, preparation was checksum'):
+        train(root, tmp_path / 'run', '--epochs', 1, '--resume')
 
 
 def test_resume_with_other_options_is_refused_with_the_differences(shared_data, finished_run, tmp_path):
