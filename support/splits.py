@@ -112,7 +112,9 @@ def limited(items, limit):
 
 
 def check_type(path, dataset):
-    """Raises InputError for float images that seem to be scaled to [0, 1], and for masks that are not uint8."""
+    """Raises InputError for images that seem to be scaled to [0, 1], and for types that rechunking never leaves."""
+    if path.stem == 'images' and dataset.dtype.kind != 'f' and dataset.dtype != np.uint8:
+        raise InputError(f'{path}: {dataset.dtype}; data_rechunk.py --force stores it as uint8')
     if path.stem == 'images' and dataset.dtype.kind == 'f' and dataset[0].max() <= 1:
         raise InputError(f'{path}: the first image has no value above 1; images are expected as 0 to 255')
     if path.stem == 'masks' and dataset.dtype != np.uint8:

@@ -24,7 +24,7 @@ from dataloader_mtl import (
     training_transform,
 )
 from support.cli import InputError
-from support.hdf5 import SPLITS, read_text
+from support.hdf5 import SPLITS, create_h5, read_text
 
 
 def table(root, split, stem):
@@ -363,6 +363,15 @@ def test_masks_of_another_size_are_refused(data):
 def test_files_of_two_preparations_are_refused(data):
     change(data, 'bboxes', table(data, 'train', 'bboxes'), preparation='another')
     with pytest.raises(InputError, match='preparations differ'):
+        MTLDataset('train', root=data)
+
+
+def test_image_type_that_rechunking_never_leaves_is_refused(data):
+    path = data / 'train' / 'images.h5'
+    values = table(data, 'train', 'images').astype('int16')
+    with create_h5(path) as file:
+        file['chunked_images'] = file.create_dataset('images', data=values, chunks=(1, *values.shape[1:]))
+    with pytest.raises(InputError, match='images.h5: int16; data_rechunk.py --force stores it as uint8'):
         MTLDataset('train', root=data)
 
 
