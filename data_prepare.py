@@ -26,7 +26,18 @@ from tqdm import tqdm
 import synthetic_pets
 from support.cli import InputError, StopRequest, are_names, one_line, positive_number, reason, run_script, whole_number
 from support.files import UnreadableFile, lock_folder, open_image, read_image, replacing, sync
-from support.hdf5 import LARGEST_SIDE, MASK_UNKNOWN, SHAPES, SPLITS, create_h5, is_image_size, reading_h5, write_text
+from support.hdf5 import (
+    LARGEST_SIDE,
+    MASK_UNKNOWN,
+    SHAPES,
+    SPLITS,
+    create_h5,
+    has_metadata_checksums,
+    has_own,
+    is_image_size,
+    reading_h5,
+    write_text,
+)
 from support.splits import limited
 
 BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
@@ -230,7 +241,7 @@ def refuse_to_replace_others(path):
     """Raises InputError if there is a file at `path` that this script did not write."""
     try:
         with reading_h5(path) as file:
-            if 'preparation' in file[path.stem].attrs:
+            if has_metadata_checksums(file) and has_own(file, path.stem) and 'preparation' in file[path.stem].attrs:
                 return
     except InputError:  # missing, damaged, or not an HDF5 file
         pass

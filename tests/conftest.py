@@ -129,32 +129,31 @@ def original_files(tmp_path):
 
 @pytest.fixture
 def oxford(tmp_path):
-    """Function that writes images in the official layout; returns the root."""
+    """Function that writes images in the official layout, with the arguments of `write_oxford`; returns the root."""
+    return lambda *args, **kw: write_oxford(tmp_path / 'oxford', *args, **kw)
 
-    def write(count=40, size=(80, 60), masks=(), boxes=(), breeds=2):
-        """`masks` and `boxes`: the numbers of the images that have one."""
-        root, rng = tmp_path / 'oxford', np.random.default_rng(0)
-        folder = root / 'oxford-iiit-pet'
-        for part in ('images', 'annotations/trimaps', 'annotations/xmls'):
-            (folder / part).mkdir(parents=True)
-        lines = ['#Image CLASS-ID SPECIES BREED ID']
-        for i in range(count):
-            breed = i % breeds
-            name = f'breed{breed}_{i}'
-            lines.append(f'{name} {breed + 1} {breed % 2 + 1} 1')
-            pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / 'images' / f'{name}.jpg')
-            if i in masks:
-                trimap = np.full(size[::-1], 2, np.uint8)
-                trimap[:, : size[0] // 2] = 1
-                trimap[:, size[0] // 2 - 4 : size[0] // 2 + 4] = 3
-                Image.fromarray(trimap).save(folder / 'annotations' / 'trimaps' / f'{name}.png')
-            if i in boxes:
-                write_xml(folder / 'annotations' / 'xmls' / f'{name}.xml', size, (8, 6, 40, 30))
-        (folder / 'annotations' / 'list.txt').write_text('\n'.join(lines) + '\n')
-        return root
 
-    return write
+def write_oxford(root, count=40, size=(80, 60), masks=(), boxes=(), breeds=2, **options):
+    """`masks` and `boxes`: the numbers of the images that have one; `options` of the images' `save`."""
+    rng, folder = np.random.default_rng(0), root / 'oxford-iiit-pet'
+    for part in ('images', 'annotations/trimaps', 'annotations/xmls'):
+        (folder / part).mkdir(parents=True)
+    lines = ['#Image CLASS-ID SPECIES BREED ID']
+    for i in range(count):
+        breed = i % breeds
+        name = f'breed{breed}_{i}'
+        lines.append(f'{name} {breed + 1} {breed % 2 + 1} 1')
+        pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / 'images' / f'{name}.jpg', **options)
+        if i in masks:
+            trimap = np.full(size[::-1], 2, np.uint8)
+            trimap[:, : size[0] // 2] = 1
+            trimap[:, size[0] // 2 - 4 : size[0] // 2 + 4] = 3
+            Image.fromarray(trimap).save(folder / 'annotations' / 'trimaps' / f'{name}.png')
+        if i in boxes:
+            write_xml(folder / 'annotations' / 'xmls' / f'{name}.xml', size, (8, 6, 40, 30))
+    (folder / 'annotations' / 'list.txt').write_text('\n'.join(lines) + '\n')
+    return root
 
 
 def write_xml(path, size, box):

@@ -312,6 +312,20 @@ def test_files_made_elsewhere_are_not_replaced(original_files, error_line):
     assert before == {path: path.read_bytes() for path in root.rglob('*.h5')}
 
 
+@pytest.mark.parametrize('libver, link', [('earliest', False), ('v110', True)], ids=['older format', 'link'])
+def test_copies_of_its_files_made_by_other_programs_are_not_replaced(data, error_line, libver, link):
+    path, other = data / 'val' / 'masks.h5', data / 'masks.h5'
+    path.rename(other)
+    with h5py.File(path, 'w', libver=libver) as file, h5py.File(other) as source:
+        if link:
+            file['masks'] = h5py.ExternalLink(str(other), 'masks')
+        else:
+            source.copy('masks', file)
+    before = path.read_bytes()
+    assert 'val/masks.h5: was not made by' in error_line(main, '--limit', 40, '--size', 64, '--out', data)
+    assert path.read_bytes() == before
+
+
 def test_its_own_files_are_replaced(data):
     main(['--limit', '40', '--size', '64', '--split', '60-20-20', '--out', str(data)])
     assert len(read(data, 'train', 'images')) == 24 and len(read(data, 'val', 'masks')) == 8

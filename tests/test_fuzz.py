@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import run_in_child, write_xml
+from conftest import run_in_child, write_oxford
 from PIL import Image
 
 import data_prepare
@@ -44,7 +44,9 @@ def sound(shared_data, tmp_path_factory):
         shutil.copytree(shared_data, root / name / 'data')
     data_rechunk.main(['--data', str(root / 'checksums' / 'data'), '--force', '--checksums'])
     write_others(shared_data, root / 'others' / 'data')
-    write_images(root / 'images' / 'oxford-iiit-pet')
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated
+    write_oxford(root / 'images', 10, masks=range(10), boxes=range(10), exif=exif)
 
     def stop_after_an_epoch():
         def save(folder, content, original=engine.save_last):
@@ -73,25 +75,6 @@ def write_others(data, folder):
                 options = layout if values.ndim == 4 else {}
                 file.create_dataset(stem, data=values, **options).attrs['note'] = 'as others write it'
                 file['more'] = np.arange(3)
-
-
-def write_images(folder):
-    """Ten images in the official layout, each with a trimap and a box."""
-    rng = np.random.default_rng(0)
-    for part in 'images', 'annotations/trimaps', 'annotations/xmls':
-        (folder / part).mkdir(parents=True)
-    lines = ['#Image CLASS-ID SPECIES BREED ID']
-    for number in range(10):
-        name, breed = f'breed{number % 2}_{number}', number % 2 + 1
-        lines.append(f'{name} {breed} {breed} 1')
-        image = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8))
-        exif = image.getexif()
-        exif[0x0112] = 6  # rotated
-        image.save(folder / 'images' / f'{name}.jpg', exif=exif)
-        trimap = Image.fromarray(rng.integers(1, 4, (60, 80), np.uint8))
-        trimap.save(folder / 'annotations' / 'trimaps' / f'{name}.png')
-        write_xml(folder / 'annotations' / 'xmls' / f'{name}.xml', (80, 60), (8, 6, 40, 30))
-    (folder / 'annotations' / 'list.txt').write_text('\n'.join(lines) + '\n')
 
 
 # ---- changes of a file: functions of (rng, path)

@@ -23,6 +23,10 @@ def model_path(shared_data, tmp_path_factory):
     return path
 
 
+def run(*arguments):
+    main([str(argument) for argument in arguments])
+
+
 def photograph(path, size=(90, 70), mode='RGB'):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path)
@@ -63,7 +67,7 @@ def test_predicting_agrees_with_evaluation(model_path, shared_data):
 def test_test_pets_are_drawn_with_target_and_predicted_mask(model_path, shared_data, tmp_path, monkeypatch):
     rows, original = [], mtl_vis.save_picture
     monkeypatch.setattr(mtl_vis, 'save_picture', lambda r, path: (rows.extend(r), original(r, path)))
-    main(['--model', str(model_path), '--data', str(shared_data), '--out', str(tmp_path / 'mask.png'), '--count', '3'])
+    run('--model', model_path, '--data', shared_data, '--out', tmp_path / 'mask.png', '--count', '3')
     assert Image.open(tmp_path / 'mask.png').size == (3 * (256 + 44), 3 * (256 + 44))
     for row in rows:
         assert [title for title, _ in row][1:] == ['Target Mask', 'Predicted Mask']
@@ -74,18 +78,7 @@ def test_test_pets_are_drawn_with_target_and_predicted_mask(model_path, shared_d
 def test_photographs_give_a_line_a_mask_and_a_picture(model_path, tmp_path, capsys):
     first = photograph(tmp_path / 'one.png', (300, 200))
     second = photograph(tmp_path / 'two.jpg', (120, 330), 'L')
-    main(
-        [
-            '--model',
-            str(model_path),
-            '--out',
-            str(tmp_path / 'out.png'),
-            '--save-masks',
-            str(tmp_path / 'masks'),
-            str(first),
-            str(second),
-        ]
-    )
+    run('--model', model_path, '--out', tmp_path / 'out.png', '--save-masks', tmp_path / 'masks', first, second)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f'{first}: ') and 'head ' in lines[0] and '% of the picture' in lines[0]
     mask = Image.open(tmp_path / 'masks' / 'two_mask.png')
@@ -98,24 +91,14 @@ def test_a_rotated_photograph_is_drawn_as_viewers_show_it(model_path, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new('RGB', (300, 200)).save(tmp_path / 'phone.jpg', exif=exif)
-    main(
-        [
-            '--model',
-            str(model_path),
-            '--out',
-            str(tmp_path / 'out.png'),
-            '--save-masks',
-            str(tmp_path),
-            str(tmp_path / 'phone.jpg'),
-        ]
-    )
+    run('--model', model_path, '--out', tmp_path / 'out.png', '--save-masks', tmp_path, tmp_path / 'phone.jpg')
     assert Image.open(tmp_path / 'phone_mask.png').size == (200, 300)
 
 
 def test_large_photographs_are_drawn_smaller_but_measured_in_their_own_pixels(model_path, tmp_path, capsys):
     path = tmp_path / 'large.png'
     Image.new('RGB', (3200, 1000), 'brown').save(path)
-    main(['--model', str(model_path), '--out', str(tmp_path / 'out.png'), str(path)])
+    run('--model', model_path, '--out', tmp_path / 'out.png', path)
     assert Image.open(tmp_path / 'out.png').size[0] == 2 * (1600 + 44)
     prediction = predict(load_model(model_path), Image.open(path))
     assert f'head {prediction.bbox[0]:.0f} {prediction.bbox[1]:.0f}' in capsys.readouterr().out
@@ -125,8 +108,8 @@ def test_large_photographs_are_drawn_smaller_but_measured_in_their_own_pixels(mo
 def test_a_model_without_class_and_box_draws_its_mask(shared_data, tmp_path, capsys):
     save_checkpoint(tmp_path / 'best.pt', model_content(UNet(), ['cat', 'dog'], (64, 64)))
     model, out = str(tmp_path / 'best.pt'), str(tmp_path / 'out.png')
-    main(['--model', model, '--out', out, '--data', str(shared_data)])
-    main(['--model', model, '--out', out, str(photograph(tmp_path / 'one.png'))])
+    run('--model', model, '--out', out, '--data', shared_data)
+    run('--model', model, '--out', out, photograph(tmp_path / 'one.png'))
     assert capsys.readouterr().out.splitlines()[-2].startswith(f'{tmp_path / "one.png"}: mask ')
 
 
