@@ -3,10 +3,11 @@
     python data_prepare.py                                  # draws synthetic pets, a minute
     python data_prepare.py --source oxford --download       # fetches Oxford-IIIT Pet (800 MB) first
     python data_prepare.py --source oxford --root DIR       # reads DIR/oxford-iiit-pet
+    python data_prepare.py --root DIR --split official      # its test.txt is the test split
 
 Writes `datasets/data_new/{train,val,test}/` with images.h5, masks.h5, bboxes.h5, binary.h5, breeds.h5 and
 names.h5 (formats: README.md) and prints a table of what is in each split. An image is kept with whatever
-labels it has. The same images, options and seed give the same splits.
+labels it has. Near-identical images go to the same split. The same images, options and seed give the same splits.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import synthetic_pets
 from support.cli import InputError, StopRequest, are_names, one_line, positive_number, reason, run_script, whole_number
-from support.files import UnreadableFile, lock_folder, open_image, read_image, replacing, sync
+from support.files import UnreadableFile, lock_folder, open_image, read_image, replacing, require_file, sync, to_rgb
 from support.hdf5 import (
     LARGEST_SIDE,
     MASK_UNKNOWN,
@@ -42,6 +43,11 @@ from support.splits import limited
 
 BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
 STEMS = (*SHAPES, 'names')
+THUMBNAIL = (16, 16)
+# Two images are near-identical if the Pearson correlation of their thumbnails is higher. In Oxford-IIIT Pet those
+# are copies of one photograph; two shots of a scene have 0.974 at most.
+DUPLICATE_CORRELATION = 0.99
+OFFICIAL_SHARES = {'train': 80, 'val': 20}  # of trainval.txt
 
 
 class Record(NamedTuple):
@@ -69,14 +75,28 @@ class OxfordPets:
         self.folder = Path(root) / 'oxford-iiit-pet'
         # What is stored for the trimap's 1 pet, 2 background and 3 border.
         self.trimap_values = np.array([MASK_UNKNOWN, 1, 0, BORDER[border]], np.uint8)
-        self.records, self.class_names = self._read_list(self.folder / 'annotations' / 'list.txt')
+        self.records, self.class_names = self._read_list('list.txt', '--download fetches the dataset')
 
-    def _read_list(self, path):
-        """Read `NAME CLASS-ID SPECIES BREED-ID` lines: ids from 1, species 1 cat and 2 dog."""
+    def official_parts(self):
+        """(set of the records in trainval.txt, set of those in test.txt); raises InputError if they do not fit."""
+        hint = 'take list.txt, trainval.txt and test.txt from one release, or choose shares for --split'
+        known, parts = set(self.records), []
+        for file in 'trainval.txt', 'test.txt':
+            records, path = self._read_list(file, hint)[0], self.folder / 'annotations' / file
+            for record in records:
+                if record not in known:
+                    raise InputError(f"{path}: '{record.name}' is not in list.txt, or of another class there; {hint}")
+                if parts and record in parts[0]:
+                    raise InputError(f"{path}: '{record.name}' is in trainval.txt as well; {hint}")
+            parts.append(set(records))
+        return parts
+
+    def _read_list(self, file, hint):
+        """Records and class names of `NAME CLASS-ID SPECIES BREED-ID` lines: ids from 1, species 1 cat and 2 dog."""
+        path = self.folder / 'annotations' / file
+        require_file(path, hint)
         try:
             lines = path.read_text('utf-8-sig').splitlines()
-        except FileNotFoundError:
-            raise InputError(f'{path}: no such file; --download fetches the dataset') from None
         except UnicodeDecodeError as error:
             raise InputError(f'{path}: not a text file ({reason(error)})') from None
         records, class_names = {}, {}
@@ -103,6 +123,8 @@ class OxfordPets:
             records[name] = Record(
                 name, species - 1, class_id - 1, self._file('trimaps', name).exists(), self._file('xmls', name).exists()
             )
+        if not records:
+            raise InputError(f'{path}: lists no image; {hint}')
         names = [class_names.get(i, f'class {i}') for i in range(1, max(class_names, default=0) + 1)]
         return list(records.values()), names
 
@@ -110,6 +132,15 @@ class OxfordPets:
         if kind == 'images':
             return self.folder / 'images' / f'{name}.jpg'
         return self.folder / 'annotations' / kind / f'{name}{".png" if kind == "trimaps" else ".xml"}'
+
+    def thumbnail(self, record):
+        """The record's image in grey at the size THUMBNAIL; None if it is unreadable."""
+        try:
+            with open_image(self._file('images', record.name)) as image:
+                image.draft('L', (64, 64))  # a JPEG is decoded in grey, at a quarter or so of its size
+                return np.asarray(to_rgb(image).convert('L').resize(THUMBNAIL, Image.Resampling.BOX))
+        except UnreadableFile:  # `read` warns
+            return None
 
     def read(self, record, size, warn):
         """The record's LabelledImage; raises UnreadableFile for the image, passes that of an annotation to `warn`."""
@@ -164,6 +195,9 @@ class SyntheticPets:
             species = synthetic_pets.BREEDS[breed].species
             self.records.append(Record(name, species, breed, has_mask=True, has_box=True))
 
+    def thumbnail(self, record):
+        """None: each pet is drawn with random numbers of its own, so no two are near-identical."""
+
     def read(self, record, size, warn):
         pet = synthetic_pets.draw_pet(int(record.name.rpartition('_')[2]), self.seed, size)
         return LabelledImage(pet.image, pet.mask, pet.bbox)
@@ -182,18 +216,66 @@ def in_strata_order(records, seed):
     return sorted(records, key=key)
 
 
-def split_records(records, shares):
-    """Deal records in strata order to the splits: {split: list of Record}.
+def match_thumbnails(thumbnails):
+    """(N, H, W) uint8 -> (N,) int64: equal numbers for near-identical images, also by way of others."""
+    distinct, inverse = np.unique(thumbnails.reshape(len(thumbnails), -1), axis=0, return_inverse=True)
+    centred = distinct - distinct.mean(axis=1, keepdims=True, dtype=np.float32)
+    norm = np.linalg.norm(centred, axis=1, keepdims=True)
+    centred /= np.where(norm, norm, 1)  # one colour stays zero: near-identical to its equals alone
+    group = np.arange(len(centred))
+    step = 2**24 // len(centred) + 1  # rows of a product of about 64 MB
+    for start in range(0, len(centred), step):
+        near = centred[start : start + step] @ centred[start:].T > DUPLICATE_CORRELATION
+        for row in np.flatnonzero(near.sum(axis=1) > 1):  # itself and another
+            joined = group[start:][near[row]]
+            group[np.isin(group, joined)] = joined[0]
+    return group[inverse.reshape(-1)]
 
-    Each record goes to the split that is furthest behind its share, so the shares hold in every stratum to
-    within about one record, and overall.
+
+def group_duplicates(records, source):
+    """List of groups, each a list of Record: near-identical images in one, every other image in its own.
+
+    Groups stand in the order of their first record.
     """
-    splits = {split: [] for split in SPLITS}
-    shares = dict(zip(SPLITS, np.divide(shares, sum(shares))))
-    for number, record in enumerate(records, 1):
-        behind = {split: shares[split] * number - len(splits[split]) for split in SPLITS}
-        splits[max(SPLITS, key=behind.get)].append(record)
+    thumbnails = [source.thumbnail(record) for record in tqdm(records, 'duplicates', unit='image', disable=None)]
+    readable = [i for i, thumbnail in enumerate(thumbnails) if thumbnail is not None]
+    numbers, groups = -np.arange(1, len(records) + 1), {}  # each alone; `match_thumbnails` counts from 0
+    if readable:
+        numbers[readable] = match_thumbnails(np.stack([thumbnails[i] for i in readable]))
+    for record, number in zip(records, numbers):
+        groups.setdefault(number, []).append(record)
+    return list(groups.values())
+
+
+def split_groups(groups, shares):
+    """Deal groups of records in strata order to the splits of {split: share}: {split: list of Record}.
+
+    Each group goes to the split that is then furthest behind its share, so the shares hold in every stratum to
+    within about the size of a group, and overall.
+    """
+    splits, total, dealt = {split: [] for split in shares}, sum(shares.values()), 0
+    for group in groups:
+        dealt += len(group)
+        behind = {split: share / total * dealt - len(splits[split]) for split, share in shares.items()}
+        splits[max(behind, key=behind.get)] += group
     return splits
+
+
+def split_officially(groups, test):
+    """{split: list of Record}: the set `test` is the test split, the other records are dealt to train and val."""
+    others = [[record for record in group if record not in test] for group in groups]
+    splits = split_groups([group for group in others if group], OFFICIAL_SHARES)
+    return {**splits, 'test': [record for group in groups for record in group if record in test]}
+
+
+def print_duplicates(groups, splits):
+    """Say how many images are near-identical, and whether any lie across splits."""
+    duplicates = [group for group in groups if len(group) > 1]
+    if duplicates:
+        split_of = {record: split for split, records in splits.items() for record in records}
+        across = sum(len({split_of[record] for record in group}) > 1 for group in duplicates)
+        kept = f'{across} of them across trainval.txt and test.txt (not moved)' if across else 'each kept in one split'
+        print(f'near-identical images: {sum(map(len, duplicates))} in {len(duplicates)} groups, {kept}')
 
 
 class SplitWriter:
@@ -252,11 +334,13 @@ def refuse_to_replace_others(path):
         )
 
 
-def prepare(source, out, size, shares, seed, limit, options):
-    """Write the splits under `out` and print what they hold. No file is replaced before all are written."""
+def prepare(source, splits, out, size, options):
+    """Write {split: list of Record} under `out` and print what the splits hold.
+
+    No file is replaced before all are written.
+    """
     out = Path(out)
-    records = limited(in_strata_order(source.records, seed), limit)
-    splits = split_records(records, shares)
+    count = sum(map(len, splits.values()))
     unreadable = Counter()
 
     def warn(error, kind='annotation'):
@@ -271,7 +355,7 @@ def prepare(source, out, size, shares, seed, limit, options):
     with StopRequest() as stop, ExitStack() as renames:
         for split in SPLITS:
             renames.enter_context(lock_folder(out / split))
-        with ExitStack() as open_files, tqdm(total=len(records), unit='image', disable=None) as bar:
+        with ExitStack() as open_files, tqdm(total=count, unit='image', disable=None) as bar:
             for split in SPLITS:
                 files = {}
                 for stem, path in targets[split].items():
@@ -290,8 +374,7 @@ def prepare(source, out, size, shares, seed, limit, options):
                     bar.update()
                 if not writer.rows:
                     raise InputError(
-                        f'{out}: the {split} split is empty; there are {len(records)} images for the shares '
-                        f'{shares}; take more or other shares'
+                        f'{out}: the {split} split is empty; there are {count} images; take more or other shares'
                     )
             for writer in writers.values():
                 writer.finish(source.class_names, digest.hexdigest()[:16])
@@ -305,11 +388,13 @@ def prepare(source, out, size, shares, seed, limit, options):
     print(f'written to {out}; next: python data_rechunk.py --data {out}')
 
 
-def parse_shares(text):
-    """'80-10-10' as three positive numbers."""
+def parse_split(text):
+    """'official', or '80-10-10' as three positive numbers."""
+    if text == 'official':
+        return text
     shares = tuple(map(positive_number, text.split('-')))
     if len(shares) != 3:
-        raise argparse.ArgumentTypeError(f"'{text}' is not three positive numbers like 80-10-10")
+        raise argparse.ArgumentTypeError(f"'{text}' is neither official nor three positive numbers like 80-10-10")
     return shares
 
 
@@ -321,8 +406,8 @@ def main(argv=None):
     add('--download', action='store_true', help='fetch Oxford-IIIT Pet into --root first, or into datasets/')
     add('--out', default='datasets/data_new', metavar='DIR', help='where the splits go (default: %(default)s)')
     add('--size', type=int, default=256, metavar='PIXELS', help='stored width and height (default: %(default)s)')
-    shares = 'shares of train, val and test (default: %(default)s)'
-    add('--split', type=parse_shares, default='80-10-10', metavar='A-B-C', help=shares)
+    split = 'shares of train, val and test, or official: trainval.txt as 80-20, and test.txt (default: %(default)s)'
+    add('--split', type=parse_split, default='80-10-10', metavar='A-B-C|official', help=split)
     add('--seed', type=whole_number(0), default=0, help='of the split and of drawing (default: %(default)s)')
     add('--border', choices=BORDER, default='pet', help="what the trimap's border counts as (default: %(default)s)")
     add('--limit', type=whole_number(1), metavar='N', help='take N images, stratified (default: all, or 1200 drawn)')
@@ -332,8 +417,8 @@ def main(argv=None):
 
     kind = args.source or ('oxford' if args.root or args.download else 'synthetic')
     if kind == 'synthetic':
-        if args.root or args.download:
-            parser.error('--root and --download belong to --source oxford')
+        if args.root or args.download or args.split == 'official':
+            parser.error('--root, --download and --split official belong to --source oxford')
         source = SyntheticPets(args.limit or 1200, args.seed)
     else:
         root = args.root or 'datasets'
@@ -341,7 +426,12 @@ def main(argv=None):
             download(root)
         source = OxfordPets(root, args.border)
     options = f'{kind} {args.size} {args.split} {args.seed} {args.border} {args.limit}'
-    prepare(source, args.out, args.size, args.split, args.seed, args.limit, options)
+    trainval, test = source.official_parts() if args.split == 'official' else (source.records, ())
+    records = limited(in_strata_order([*trainval, *test], args.seed), args.limit)
+    groups = group_duplicates(records, source)
+    splits = split_officially(groups, test) if test else split_groups(groups, dict(zip(SPLITS, args.split)))
+    print_duplicates(groups, splits)
+    prepare(source, splits, args.out, args.size, options)
 
 
 def download(root):

@@ -1,6 +1,7 @@
 """Photographs to HDF5 splits."""
 
 import os
+import shutil
 import struct
 import zlib
 
@@ -10,7 +11,7 @@ import pytest
 from conftest import assert_full_disk_leaves_files, write_xml
 from PIL import Image
 
-from data_prepare import Record, in_strata_order, main, split_records
+from data_prepare import OxfordPets, Record, group_duplicates, in_strata_order, main, match_thumbnails, split_groups
 from support.files import to_rgb
 from support.hdf5 import SPLITS, read_text
 from support.splits import limited
@@ -29,8 +30,13 @@ def records(count):
     return [Record(f'pet_{i}', i % 2, i % 5, has_mask=i % 6 == 0, has_box=i % 2 == 0) for i in range(count)]
 
 
+def deal(records, seed, shares):
+    """Records without duplicates, dealt to the splits."""
+    return split_groups([[record] for record in in_strata_order(records, seed)], dict(zip(SPLITS, shares)))
+
+
 def test_each_split_has_its_share_of_every_label_and_breed():
-    splits = split_records(in_strata_order(records(600), seed=1), (80, 10, 10))
+    splits = deal(records(600), 1, (80, 10, 10))
     for split, count in zip(SPLITS, (480, 60, 60)):
         found = splits[split]
         assert len(found) == count
@@ -42,16 +48,13 @@ def test_each_split_has_its_share_of_every_label_and_breed():
 
 def test_the_split_depends_on_the_seed_and_not_on_the_order_of_files():
     shuffled = [records(100)[i] for i in np.random.default_rng(0).permutation(100)]
-    first, again, other = (
-        split_records(in_strata_order(r, seed), (80, 10, 10))
-        for r, seed in ((records(100), 0), (shuffled, 0), (shuffled, 1))
-    )
+    first, again, other = (deal(r, seed, (80, 10, 10)) for r, seed in ((records(100), 0), (shuffled, 0), (shuffled, 1)))
     assert first == again
     assert first != other
 
 
 def test_no_photograph_is_in_two_splits_or_in_none():
-    splits = split_records(in_strata_order(records(101), seed=0), (60, 20, 20))
+    splits = deal(records(101), 0, (60, 20, 20))
     assert sorted(r for part in splits.values() for r in part) == sorted(records(101))
 
 
@@ -59,6 +62,137 @@ def test_a_limit_takes_a_stratified_part():
     part = limited(in_strata_order(records(600), seed=0), 60)
     assert len(part) == 60 == len(set(part))
     assert sum(r.has_mask for r in part) == pytest.approx(10, abs=1)
+
+
+def test_groups_of_duplicates_stay_whole_and_the_shares_hold():
+    ordered = in_strata_order(records(600), seed=0)
+    groups = [ordered[i : i + 1 + (i % 12 == 0)] for i in range(600) if i % 12 != 1]  # a pair, ten alone, and again
+    splits = split_groups(groups, dict(zip(SPLITS, (80, 10, 10))))
+    assert all(any(set(group) <= set(found) for found in splits.values()) for group in groups)
+    for name, count in zip(SPLITS, (480, 60, 60)):
+        found = splits[name]
+        assert len(found) == pytest.approx(count, abs=2)
+        assert sum(r.has_mask for r in found) == pytest.approx(count / 6, abs=3)
+        for breed in range(5):
+            assert sum(r.breed == breed for r in found) == pytest.approx(count / 5, abs=4)
+
+
+def add_copies(root):
+    """Let images 3, 10 and 17 be versions of image 0, and image 12 one of image 5; images 8 and 9 are damaged.
+
+    Returns the two sets of names.
+    """
+    folder = root / 'oxford-iiit-pet/images'
+
+    def path(number):
+        return folder / f'breed{number % 2}_{number}.jpg'
+
+    for number, pixels in zip((0, 5), np.random.default_rng(1).integers(0, 256, (2, 6, 8, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC).save(path(number), quality=90)
+    with Image.open(path(0)) as image:
+        image.save(path(3), quality=40)
+        image.point(lambda value: 40 + value * 0.7).save(path(10))
+        image.resize((120, 90)).convert('L').save(path(17))
+    shutil.copy(path(5), path(12))
+    for number in 8, 9:
+        path(number).write_bytes(path(7).read_bytes()[:2000])
+    return [{'breed0_0', 'breed1_3', 'breed0_10', 'breed1_17'}, {'breed1_5', 'breed0_12'}]
+
+
+def test_copies_are_found_and_nothing_else_is(oxford):
+    root = oxford(20)
+    copies = add_copies(root)
+    source = OxfordPets(root, 'pet')
+    groups = [{record.name for record in group} for group in group_duplicates(source.records, source)]
+    assert [group for group in groups if len(group) > 1] == copies
+    assert sum(map(len, groups)) == 20 and len(groups) == 16
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_copies_are_in_one_split(oxford, tmp_path, capsys, seed):
+    root, out = oxford(20), tmp_path / 'out'
+    copies, found = add_copies(root), []
+    lines = root / 'oxford-iiit-pet/annotations/list.txt'
+    for _ in range(2):
+        main(['--root', str(root), '--out', str(out), '--size', '64', '--split', '40-30-30', '--seed', str(seed)])
+        assert 'near-identical images: 6 in 2 groups, each kept in one split\n' in capsys.readouterr().out
+        found.append([names(out, split) for split in SPLITS])
+        lines.write_text('\n'.join(reversed(lines.read_text().splitlines())))
+    assert all(any(group <= set(part) for part in found[0]) for group in copies)
+    assert found[0] == found[1]  # whatever the order in the list
+
+
+def test_thumbnails_match_by_correlation_and_by_way_of_others():
+    one, other = np.random.default_rng(0).normal(size=(2, 16, 16))
+    one[0, 0], other[0, 0] = 2, 0  # in the order of pixels the chain's two ends come first and meet last
+    chain = [np.cos(angle) * one + np.sin(angle) * other for angle in np.linspace(-1, 1, 21)]
+    chain = np.rint(128 + 25 * np.stack(chain)).astype(np.uint8)
+    near = np.corrcoef(chain.reshape(21, -1)) > 0.99
+    assert (near == (abs(np.subtract.outer(range(21), range(21))) <= 1)).all()
+    flat = np.full((16, 16), 90, np.uint8)
+    with np.errstate(all='raise'):
+        numbers = match_thumbnails(np.stack([*chain, 255 - chain[10], flat, flat + 9, flat]))
+    assert len(set(numbers[:21])) == 1 and numbers[22] == numbers[24]
+    assert len(set(numbers)) == 4
+
+
+def test_thumbnails_of_many_images_match_across_blocks():
+    first = np.random.default_rng(0).integers(0, 100, (3000, 16, 16), dtype=np.uint8)
+    numbers = match_thumbnails(np.concatenate([first, first + 120]))
+    assert (numbers[:3000] == numbers[3000:]).all() and len(set(numbers)) == 3000
+
+
+def write_parts(root, test):
+    """Write trainval.txt and test.txt, which has the images of these numbers."""
+    folder = root / 'oxford-iiit-pet/annotations'
+    lines = (folder / 'list.txt').read_text().splitlines()[1:]
+    for name, members in ('trainval', set(range(len(lines))) - set(test)), ('test', set(test)):
+        (folder / f'{name}.txt').write_text('\n'.join(lines[i] for i in sorted(members)))
+    return folder
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_the_official_split_is_taken_as_it_is(oxford, tmp_path, capsys, seed):
+    root, out, test = oxford(41, masks=range(0, 40, 4)), tmp_path / 'out', range(10, 20)
+    path = write_parts(root, test) / 'trainval.txt'
+    path.write_text(path.read_text().rpartition('\n')[0])  # image 40 is in neither file
+    add_copies(root)  # 0 and 3 for training, 10 and 17 for the test; 5 and 12
+    main(['--root', str(root), '--out', str(out), '--size', '64', '--split', 'official', '--seed', str(seed)])
+    output = capsys.readouterr().out
+    assert '6 in 2 groups, 2 of them across trainval.txt and test.txt (not moved)\n' in output
+    assert names(out, 'test') == sorted(f'breed{i % 2}_{i}' for i in test)
+    train, val = set(names(out, 'train')), set(names(out, 'val'))
+    assert train | val == {f'breed{i % 2}_{i}' for i in range(40) if i not in (8, 9, *test)} and not train & val
+    assert len(val) == pytest.approx(6, abs=2)
+    assert {'breed0_0', 'breed1_3'} <= train or {'breed0_0', 'breed1_3'} <= val
+
+
+def test_the_official_split_can_be_limited(oxford, tmp_path):
+    root = oxford(40)
+    write_parts(root, range(20))
+    main(['--root', str(root), '--out', str(tmp_path), '--size', '64', '--split', 'official', '--limit', '20'])
+    assert sum(len(names(tmp_path, split)) for split in SPLITS) == 20
+    assert {int(name.rpartition('_')[2]) < 20 for name in names(tmp_path, 'test')} == {True}
+
+
+@pytest.mark.parametrize(
+    'file, text, message',
+    [
+        ('trainval', None, 'trainval.txt: no such file; take list.txt, trainval.txt and test.txt from one release'),
+        ('test', None, 'test.txt: no such file; '),
+        ('test', '', 'test.txt: lists no image; '),
+        ('trainval', 'breed0_0', "trainval.txt, line 1: 'breed0_0' is not NAME CLASS-ID"),
+        ('test', 'breed0_0 1 1 1', "test.txt: 'breed0_0' is in trainval.txt as well; "),
+        ('test', 'breed0_98 1 1 1', "test.txt: 'breed0_98' is not in list.txt, or of another class there; "),
+        ('test', 'breed0_8 2 1 1', "test.txt: 'breed0_8' is not in list.txt, or of another class there; "),
+    ],
+)
+def test_official_files_that_do_not_fit_are_named(oxford, tmp_path, error_line, file, text, message):
+    root = oxford(10)
+    path = write_parts(root, (8, 9)) / f'{file}.txt'
+    path.unlink() if text is None else path.write_text(text)
+    line = error_line(main, '--root', root, '--out', tmp_path / 'out', '--split', 'official')
+    assert message in line and not (tmp_path / 'out').exists()
 
 
 def test_a_photograph_is_kept_with_the_labels_it_has(oxford, tmp_path, capsys):
@@ -148,10 +282,14 @@ def test_exif_rotation_is_not_applied(oxford, tmp_path):
     pixels[:32] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees
-    for path in (root / 'oxford-iiit-pet/images').iterdir():
-        Image.fromarray(pixels).save(path, exif=exif, quality=95)
+    Image.fromarray(pixels).save(root / 'oxford-iiit-pet/images/breed0_0.jpg', exif=exif, quality=95)
     main(['--root', str(root), '--out', str(tmp_path), '--size', '64', '--split', '60-20-20'])
-    image = read(tmp_path, 'train', 'images')[0]
+    (image,) = (
+        image
+        for split in SPLITS
+        for name, image in zip(names(tmp_path, split), read(tmp_path, split, 'images'))
+        if name == 'breed0_0'
+    )
     assert image[:30].min() > 240 and image[34:].max() < 15
 
 
@@ -347,6 +485,7 @@ def test_a_file_that_is_no_hdf5_is_not_replaced(data, error_line):
     [
         ('--split', '80-20'),
         ('--split', 'nan-1-1'),
+        ('--split', 'official'),
         ('--seed', '-1'),
         ('--limit', '0'),
         ('--size', '100'),
