@@ -4,8 +4,9 @@
     python data_rechunk.py --data DIR           # the same files under another folder
 
 Afterwards `images.h5` holds `chunked_images` beside `images`, `masks.h5` holds `chunked_masks`, and so on:
-two names of the same data, stored once. Expect a few seconds per gigabyte and a line per file. A second
-run finds nothing to do.
+two names of the same data, stored once. `masks.h5` also holds `known_masks`, which of the masks have a known
+pixel, so that training need not read them all to find out. Expect a few seconds per gigabyte and a line per
+file. A second run finds nothing to do.
 
 A file is never changed in place: the new one is written beside it, read back, compared and renamed, so a
 killed run leaves the old file whole. On Linux each file is read in a process of its own, because a damaged
@@ -26,6 +27,8 @@ from support.child import in_own_process
 from support.cli import InputError, run_script
 from support.files import lock_folder, replacing
 from support.hdf5 import (
+    KNOWN_MASKS,
+    MASK_UNKNOWN,
     OPTIONAL,
     SHAPES,
     SPLITS,
@@ -86,16 +89,55 @@ def check_range(path, images, start):
             raise InputError(f'{path}: sample {number} holds {value:g}; images are expected as 0 to 255')
 
 
+def count_mask_values(path, masks, start):
+    """How many pixels of each of `masks` (N, H, W, 1), of any type, are 0, 1 and 255: (N, 3).
+
+    Raises InputError for other values; `start` is the number of the first mask of `masks`.
+    """
+    allowed = 0, 1, MASK_UNKNOWN
+    counts = np.array([[np.count_nonzero(mask == value) for value in allowed] for mask in masks])
+    wrong = np.flatnonzero(counts.sum(axis=1) < masks[0].size)
+    if len(wrong):
+        mask = masks[wrong[0]]
+        value = mask[~np.isin(mask, allowed)][0]
+        raise InputError(
+            f'{path}: sample {start + wrong[0]} holds {value:g}; a mask holds 0, 1 and {MASK_UNKNOWN} for unknown'
+        )
+    return counts
+
+
+def find_known_masks(path, counts):
+    """(N,) uint8, what KNOWN_MASKS holds, from the `count_mask_values` (N, 3) of all masks.
+
+    Raises InputError for masks of 0 and 255.
+    """
+    background, pet, unknown = counts.sum(axis=0)
+    if unknown and background and not pet:
+        raise InputError(f'{path}: holds 0 and {MASK_UNKNOWN} but no 1; {MASK_UNKNOWN} means unknown, the pet is 1')
+    return counts[:, :2].any(axis=1).astype(np.uint8)
+
+
+def write_compared(target, part, values):
+    """Write the contiguous `values` to a part of a dataset; raises OSError if other values are read back."""
+    target[part] = values
+    if not same_bytes(values, target[part]):
+        raise OSError(errno.EIO, 'what was read back differs from what was written', target.file.filename)
+
+
 def copy_rechunked(source, path, dtype, checksums):
     """Copy a dataset and what else its file holds to a new file, as `dtype` and in `target_chunks`.
 
-    Each slab is read back and compared. Raises LossyConversion, InputError for images that are not 0 to 255, and
-    OSError for a failed write.
+    With masks goes a new KNOWN_MASKS. What is written is read back and compared. Raises LossyConversion, InputError
+    for values that images or masks do not have, and OSError for a failed write.
     """
     stem = source.name.strip('/').removeprefix('chunked_')
+    source_path, counts = source.file.filename, []
     with create_h5(path) as file:
         target = file.create_dataset(stem, source.shape, dtype, chunks=target_chunks(source), fletcher32=checksums)
         file[f'chunked_{stem}'] = target  # the name that the study's data loader asks for
+        if stem == 'masks':
+            shape = source.shape[:1]
+            known_masks = file.create_dataset(KNOWN_MASKS, shape, np.uint8, chunks=shape, fletcher32=True)
         copy_attributes(source, target)
         copy_attributes(source.file, file)
         for name in source.file:
@@ -105,15 +147,18 @@ def copy_rechunked(source, path, dtype, checksums):
                 else:
                     file[name] = source.file.get(name, getlink=True)
         starts = slab_starts(source)
-        title = '/'.join(Path(source.file.filename).parts[-2:])
+        title = '/'.join(Path(source_path).parts[-2:])
         for start in tqdm(starts, desc=title, unit='slab', leave=False, disable=None):
             part = slice(start, start + starts.step)
-            slab = np.ascontiguousarray(convert(source[part], target.dtype))
+            slab = source[part]
+            if stem == 'masks':
+                counts.append(count_mask_values(source_path, slab, start))
+            slab = np.ascontiguousarray(convert(slab, target.dtype))
             if stem == 'images' and slab.dtype != np.uint8:
-                check_range(source.file.filename, slab, start)
-            target[part] = slab
-            if not same_bytes(slab, target[part]):
-                raise OSError(errno.EIO, 'what was read back differs from what was written', str(path))
+                check_range(source_path, slab, start)
+            write_compared(target, part, slab)
+        if stem == 'masks':
+            write_compared(known_masks, np.s_[:], find_known_masks(source_path, np.concatenate(counts)))
 
 
 def find_source(file, stem):
@@ -143,8 +188,9 @@ def write_rechunked(path, new_path, checksums):
 def rechunk_file(path, force=False, checksums=False):
     """Rechunk one file, named after its dataset; returns the number of samples, None if there was nothing to do.
 
-    Images and masks of another type become uint8 if all values are whole and from 0 to 255, and keep their
-    type otherwise. Raises InputError for a file that is missing, damaged or of another shape.
+    Masks become uint8. Images do if all values are whole and from 0 to 255, and keep their type otherwise. Raises
+    InputError for a file that is missing, damaged or of another shape, and for masks of other values than 0, 1
+    and 255.
     """
     path = Path(path)
     seconds = 60 + size_of(path) // 10**6  # of CPU time; a valid file takes far less than a second per MB

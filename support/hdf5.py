@@ -30,9 +30,10 @@ SHAPES = {
 OPTIONAL = ('breeds',)  # the study's files have no breeds
 
 MASK_UNKNOWN = 255  # in a mask: not known whether the pixel shows the pet
+KNOWN_MASKS = 'known_masks'  # dataset of a rechunked masks.h5, (N,) uint8: 1 if any pixel of the mask is known
 
 LARGEST_SIDE = 4096  # pixels of an image's height or width
-LARGEST_RATIO = 1100  # of a dataset's size to what is stored of it; gzip's best is 1032
+LARGEST_RATIO = 1100  # of a dataset's size to its file's; gzip's best is 1032
 
 
 def is_image_size(*sides):
@@ -49,11 +50,30 @@ def target_chunks(dataset):
 
 
 def is_rechunked(file, stem, checksums=False):
-    """Whether an open file is as data_rechunk.py writes it: both names, same data, target chunks."""
+    """Whether an open file is as data_rechunk.py writes it: both names, same data, target chunks, known masks."""
     if not has_metadata_checksums(file) or not has_own(file, stem) or not has_own(file, f'chunked_{stem}'):
         return False
     dataset = find_dataset(file, f'chunked_{stem}')
+    if stem == 'masks' and (dataset.dtype != np.uint8 or read_known_masks(file, len(dataset)) is None):
+        return False
     return file[stem] == dataset and dataset.chunks == target_chunks(dataset) and dataset.fletcher32 >= checksums
+
+
+def read_known_masks(file, count):
+    """(N,) bool: which of the `count` masks of an open file are known.
+
+    None without a record, or if it is damaged or of another form than data_rechunk.py writes.
+    """
+    record = file.get(KNOWN_MASKS) if has_own(file, KNOWN_MASKS) else None
+    if not isinstance(record, h5py.Dataset) or not record.shape == record.chunks == (count,):
+        return None
+    if record.dtype != np.uint8 or not record.fletcher32:
+        return None
+    try:
+        values = record[()]
+    except OSError:  # its checksum
+        return None
+    return values == 1 if values.max() <= 1 else None
 
 
 def has_metadata_checksums(file):
@@ -117,9 +137,9 @@ def find_dataset(file, key):
         raise InputError(f"{path}: '{key}' is {dataset.dtype} {shape}; expected numbers of shape ({wanted})")
     if not math.prod(shape):
         raise InputError(f"{path}: '{key}' holds no samples; prepare the data with more images")
-    stored = dataset.id.get_storage_size()
+    stored = file.id.get_filesize()  # the dataset's own get_storage_size() visits every chunk
     if dataset.size * dataset.dtype.itemsize > LARGEST_RATIO * stored:
-        raise InputError(f"{path}: '{key}' has {len(dataset)} samples in only {stored} bytes; make it again")
+        raise InputError(f"{path}: '{key}' has {len(dataset)} samples in a file of {stored} bytes; make it again")
     filters = dataset.id.get_create_plist()
     for number in range(filters.get_nfilters()):
         code, *_, name = filters.get_filter(number)

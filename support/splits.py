@@ -1,5 +1,6 @@
 """The files of a split: whether they are rechunked and belong together, and the values of their labels.
 
+Which masks are known is read from what data_rechunk.py recorded, so a split of any size is opened at once.
 Imports no torch.
 """
 
@@ -9,14 +10,13 @@ import numpy as np
 
 from support.cli import InputError, are_names
 from support.hdf5 import (
-    MASK_UNKNOWN,
     OPTIONAL,
     SHAPES,
-    SampleReader,
     find_dataset,
     fingerprint,
     has_own,
     is_rechunked,
+    read_known_masks,
     read_text,
     reading_h5,
 )
@@ -58,7 +58,7 @@ def open_split(folder, label):
         class_names=class_names,
         labels=labels,
         bboxes=check_boxes(paths['bboxes'], files['bboxes'].table, *size),
-        has_mask=check_masks(paths['masks']),
+        has_mask=files['masks'].known_masks,
     )
 
 
@@ -71,6 +71,7 @@ class SplitFile(NamedTuple):
     fingerprint: tuple
     table: np.ndarray | None  # boxes or labels as they are stored
     class_names: list | None  # of breeds.h5
+    known_masks: np.ndarray | None  # (N,) bool, of masks.h5
 
 
 def read_split_file(path):
@@ -90,6 +91,7 @@ def read_split_file(path):
             fingerprint=fingerprint(dataset),
             table=dataset[()] if dataset.ndim == 2 else None,
             class_names=read_text(dataset.attrs, 'class_names'),
+            known_masks=read_known_masks(file, len(dataset)) if path.stem == 'masks' else None,
         )
 
 
@@ -112,13 +114,11 @@ def limited(items, limit):
 
 
 def check_type(path, dataset):
-    """Raises InputError for images that seem to be scaled to [0, 1], and for types that rechunking never leaves."""
+    """Raises InputError for images that seem to be scaled to [0, 1] or are of a type that rechunking never leaves."""
     if path.stem == 'images' and dataset.dtype.kind != 'f' and dataset.dtype != np.uint8:
         raise InputError(f'{path}: {dataset.dtype}; data_rechunk.py --force stores it as uint8')
     if path.stem == 'images' and dataset.dtype.kind == 'f' and dataset[0].max() <= 1:
         raise InputError(f'{path}: the first image has no value above 1; images are expected as 0 to 255')
-    if path.stem == 'masks' and dataset.dtype != np.uint8:
-        raise InputError(f'{path}: {dataset.dtype}, so some value is not 0, 1 or 255; fix it and rechunk again')
 
 
 def check_class_names(path, names):
@@ -159,23 +159,3 @@ def check_boxes(path, table, height, width):
         raise InputError(f'{path}: no coordinate is above 1; boxes are expected in pixels')
     boxes[~known] = np.nan
     return boxes
-
-
-def check_masks(path):
-    """(N,) bool: whether any pixel of the mask is known."""
-    reader = SampleReader(path)
-    known, counts = [], np.zeros(256, np.int64)
-    mask = np.empty(reader.shape, reader.dtype)
-    for index in range(len(reader.dataset)):
-        reader.read(index, mask)
-        values = np.bincount(mask.ravel(), minlength=256)
-        if values[2:MASK_UNKNOWN].any():
-            raise InputError(
-                f'{path}: sample {index} holds {2 + values[2:].nonzero()[0][0]}; a mask holds 0, 1 and '
-                f'{MASK_UNKNOWN} for unknown'
-            )
-        known.append(values[:2].any())
-        counts += values
-    if counts[MASK_UNKNOWN] and counts[0] and not counts[1]:
-        raise InputError(f'{path}: holds 0 and 255 but no 1; 255 means unknown, the pet is 1')
-    return np.array(known)

@@ -16,7 +16,7 @@ import data_rechunk
 from data_rechunk import main, rechunk_file
 from support.child import in_own_process
 from support.cli import STOP_SIGNALS, InputError
-from support.hdf5 import read_text
+from support.hdf5 import is_rechunked, read_text
 
 
 def write(path, values, **layout):
@@ -107,6 +107,135 @@ def test_images_out_of_range_are_refused(tmp_path, dtype, value):
     with pytest.raises(InputError, match=f'images.h5: sample 5 holds {value:g}; images are expected as 0 to 255'):
         rechunk_file(path)
     assert path.read_bytes() == before
+
+
+def masks(dtype='uint8'):
+    """20 masks: 3, 11 and 12 are unknown, 5 is background, 7 partly unknown."""
+    values = np.random.default_rng(0).integers(0, 2, (20, 16, 24, 1))
+    values[[3, 11, 12]], values[5], values[7, :9] = 255, 0, 255
+    return values.astype(dtype)
+
+
+@pytest.fixture
+def slabs_of_three(monkeypatch):
+    monkeypatch.setattr(data_rechunk, 'LARGEST_SLAB_BYTES', 3 * 16 * 24)
+
+
+@pytest.mark.parametrize('dtype', ['uint8', 'float32', '>f8', 'int16'])
+def test_masks_become_uint8_and_the_known_ones_are_recorded(tmp_path, slabs_of_three, dtype):
+    path = write(tmp_path / 'masks.h5', masks(dtype))
+    rechunk_file(path)
+    assert read(path).dtype == 'uint8'
+    np.testing.assert_array_equal(read(path), masks())
+    assert np.flatnonzero(read(path, 'known_masks') == 0).tolist() == [3, 11, 12]
+    assert rechunk_file(path) is None
+
+
+def test_bool_masks_are_all_known(tmp_path):
+    path = write(tmp_path / 'masks.h5', np.eye(16, dtype=bool)[None, ..., None])
+    rechunk_file(path)
+    assert read(path).sum() == 16 and read(path, 'known_masks').tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    'dtype, value', [('u1', 7), ('f4', 0.5), ('f4', np.nan), ('f8', np.inf), ('i1', -1), ('i2', 256), ('u2', 257)]
+)
+def test_a_mask_of_another_value_is_refused(tmp_path, slabs_of_three, dtype, value):
+    values = np.eye(16, 24, dtype=dtype)[None, ..., None].repeat(20, axis=0)
+    values[13, 3, 2] = value
+    path = write(tmp_path / 'masks.h5', values)
+    before = path.read_bytes()
+    message = f'masks.h5: sample 13 holds {value:g}; a mask holds 0, 1 and 255 for unknown'
+    with pytest.raises(InputError, match=message):
+        rechunk_file(path)
+    assert path.read_bytes() == before and set(os.listdir(tmp_path)) <= {'masks.h5', '.lock'}
+
+
+def test_masks_of_0_and_255_are_refused(tmp_path, slabs_of_three):
+    values = np.zeros((20, 16, 24, 1), 'uint8')
+    values[0], values[13, 5:] = 255, 255  # most slabs hold but one of the two
+    path = write(tmp_path / 'masks.h5', values)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match='masks.h5: holds 0 and 255 but no 1; 255 means unknown, the pet is 1'):
+        rechunk_file(path)
+    assert path.read_bytes() == before and set(os.listdir(tmp_path)) <= {'masks.h5', '.lock'}
+
+
+def record(values, **options):
+    def store(file):
+        del file['known_masks']
+        file.create_dataset('known_masks', data=values, **options)
+
+    return store
+
+
+def no_record(file):
+    del file['known_masks']
+
+
+def linked_record(file):
+    file.move('known_masks', 'elsewhere')
+    file['known_masks'] = h5py.SoftLink('/elsewhere')
+
+
+def group_for_record(file):
+    del file['known_masks']
+    file.create_group('known_masks')['notes'] = [1, 2]
+
+
+def damaged_record(file):
+    file['known_masks'].id.write_direct_chunk((0,), b'1' * 24)  # 20 values and another checksum
+
+
+def masks_of_another_type(file):
+    values = file['masks'][()].astype('int16')
+    del file['masks'], file['chunked_masks']
+    file['chunked_masks'] = file.create_dataset('masks', data=values, chunks=(1, 16, 24, 1))
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        no_record,
+        linked_record,
+        group_for_record,
+        damaged_record,
+        masks_of_another_type,
+        record(np.ones(20, 'uint8'), chunks=(20,)),  # without a checksum
+        record(np.ones(20, 'uint8'), chunks=(10,), fletcher32=True),
+        record(np.ones(19, 'uint8'), chunks=(19,), fletcher32=True),
+        record(np.ones(20, 'int64'), chunks=(20,), fletcher32=True),
+        record(np.full(20, 2, 'uint8'), chunks=(20,), fletcher32=True),
+        record(7),
+    ],
+)
+def test_masks_without_a_sound_record_are_rechunked_again(tmp_path, change):
+    path = write(tmp_path / 'masks.h5', masks())
+    rechunk_file(path)
+    with h5py.File(path, 'r+', libver='v110') as file:
+        change(file)
+        assert not is_rechunked(file, 'masks')
+    assert rechunk_file(path) == 20
+    with h5py.File(path) as file:
+        assert is_rechunked(file, 'masks')
+    assert np.flatnonzero(read(path, 'known_masks') == 0).tolist() == [3, 11, 12]
+
+
+def test_force_records_the_known_masks_anew(tmp_path):
+    path = write(tmp_path / 'masks.h5', masks())
+    rechunk_file(path)
+    with h5py.File(path, 'r+') as file:
+        file['masks'][11] = 1
+    rechunk_file(path, force=True)
+    assert np.flatnonzero(read(path, 'known_masks') == 0).tolist() == [3, 12]
+
+
+def test_known_masks_of_another_file_are_copied_as_they_are(tmp_path):
+    path = write(tmp_path / 'images.h5', images())
+    with h5py.File(path, 'a') as file:
+        file['known_masks'] = [1, 2, 3]
+    rechunk_file(path)
+    assert read(path, 'known_masks').tolist() == [1, 2, 3]
 
 
 def test_both_names_are_the_same_data_and_the_file_does_not_double(tmp_path):
@@ -307,7 +436,7 @@ def unknown_filter(file):
         (soft, "no dataset 'images' of its own, not a link or group"),
         (raw, 'takes its values from other files'),
         (virtual, 'takes its values from other files'),
-        (many, 'has 1000000000 samples in only 192 bytes'),
+        (many, 'has 1000000000 samples in a file of 5248 bytes'),
         (unknown_filter, 'needs the HDF5 filter 32100'),
     ],
 )

@@ -115,7 +115,7 @@ def flip_stored_byte(rng, path):
 
 
 def rewrite_h5(path, change):
-    """Write an HDF5 file again with `change(values)`, under each name that its dataset has."""
+    """Write an HDF5 file again with `change(values)`, under each name that its dataset has; the rest as it is."""
     with h5py.File(path) as old:
         values, libver = change(old[path.stem][()]), 'v110' if has_metadata_checksums(old) else 'earliest'
         with h5py.File(path.with_suffix('.new'), 'w', libver=libver) as new:
@@ -124,6 +124,9 @@ def rewrite_h5(path, change):
             copy_attributes(old[path.stem], dataset)
             if f'chunked_{path.stem}' in old:
                 new[f'chunked_{path.stem}'] = dataset
+            for name in old:  # known_masks, which need not fit the masks any more
+                if name not in new:
+                    old.copy(name, new)
     os.replace(path.with_suffix('.new'), path)
 
 
