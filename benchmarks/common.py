@@ -1,4 +1,4 @@
-"""What the benchmarks share: the scripts on the path, their options, data to work on, their last line."""
+"""What the benchmarks share: the scripts on the path, their options, data, rounds, tables and last line."""
 
 import argparse
 import json
@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import resource
+import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -72,22 +74,62 @@ def peak_megabytes():
 
 
 def machine():
-    """One line that says what was measured on."""
+    """One line that says what was measured on, and with which versions."""
     processor = platform.processor() or platform.machine()
     if os.path.exists('/proc/cpuinfo'):
         for line in Path('/proc/cpuinfo').read_text().splitlines():
             if line.startswith('model name'):
                 processor = line.partition(':')[2].strip()
+    import h5py
     import torch
+    import torchvision
 
-    return (
-        f'{processor}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}'
-    )
+    versions = ', '.join(f'{module.__name__} {module.__version__}' for module in (torch, torchvision, h5py))
+    return f'{processor}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}'
+
+
+def print_heading(parser, argv):
+    """The command and the machine."""
+    options = shlex.join(sys.argv[1:] if argv is None else map(str, argv))
+    print(f'python benchmarks/{parser.prog} {options}'.rstrip())
+    print(machine(), flush=True)
+
+
+def in_turns(measures, rounds):
+    """{name: its value in each round} of {name: function that measures once}.
+
+    One after the other in every round, so that what else the machine does meets all of them.
+    """
+    values = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, measure in measures.items():
+            values[name].append(measure())
+    return values
+
+
+def with_range(values, digits):
+    """The median and, in brackets, the lowest and the highest."""
+    median, low, high = (f'{each:.{digits}f}' for each in (statistics.median(values), min(values), max(values)))
+    return f'{median} ({low}-{high})'
+
+
+def print_table(titles, rows):
+    """Rows of text; the first column is on the left, the others on the right."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows)]
+    for first, *others in (titles, *rows):
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
+        print('  '.join(cells).rstrip())
 
 
 def finish(ratio, metrics, path):
-    """Write what was measured to `path`, if there is one, and print the ratio alone on the last line."""
+    """Write what was measured to `path`, if there is one, and print the ratio alone on the last line.
+
+    `ratio` is None where there is nothing to compare with.
+    """
     if path:
         text = json.dumps({'ratio': ratio, **metrics, 'machine': machine()}, indent=2) + '\n'
         write_file(path, lambda file: file.write(text.encode()))
-    print(f'ratio {ratio:.3g}' if ratio < 100 else f'ratio {ratio:.0f}')
+    if ratio is None:
+        print('ratio none')
+    else:
+        print(f'ratio {ratio:.3g}' if ratio < 100 else f'ratio {ratio:.0f}')

@@ -1,173 +1,225 @@
-"""How long until the masks are good? Validation Dice against minutes of training, the reference and ours.
+"""How long until the masks are good? Minutes of training to a validation Dice of 0.80, 0.85 and 0.90.
 
-    python benchmarks/time_to_dice.py --data datasets/data_new
+    python benchmarks/time_to_dice.py --data datasets/data_new --minutes 30
+    python benchmarks/time_to_dice.py --data datasets/data_new --minutes 30 --only masks smp
 
-Trains the reference network as the study did on the images that have a mask, for --minutes, and then
-train_mtl.py's recipe once for each number of --epochs, with the same number of threads. The clock runs
-while training; evaluation is not counted for either. Writes to --out a CSV of each curve, time_to_dice.png
-with all of them, and each of our runs in a folder of its own. A curve that is already there is not made
-again and a training of ours is resumed, so a comparison on the same --data continues where it stopped, and
---only makes one part at a time. The test split is not used, but for the usual test at the end of our runs.
+Trains the reference network as the study did and with our training (MaskLoss, augmentation, the recipe's image
+sizes, AdamW with its schedule, moving average), smp's Unet with our training, and ours, masks alone and with all
+tasks, from scratch and with an ImageNet encoder. All see the same images: those with a mask, and with all tasks
+the others as well; and have the same layout, precision where the CPU has bfloat16, threads and loader's processes.
 
-The reference's last layer has one channel, and where its bias starts below zero it predicts no pet at
-all for half an hour; --seed 5 is a good start for it.
+A run is one full cycle of the learning rate that ends at about --minutes: a few steps at each of its image
+sizes, on weights that are thrown away, say how many steps fit. Dice is measured --points times, every
+--minutes / --points of training and at the end, on all validation images with a mask, of the weights' moving
+average (for the study's training, of the weights). The clock stops meanwhile; it starts after the steps that
+measure the speed. The test split is not used.
 
-The ratio: minutes that the reference trained, to those in which ours reaches its best validation Dice.
+A finished run is added to curves.csv in --out, the table and time_to_dice.png are made from what is there, and
+the same command again makes the runs that are missing; one --out for one machine and data.
+
+The ratio: minutes of the reference network with our training, the best of --rates, to those of ours, both masks
+alone, to the highest of the three marks that both reach; none if there is no such mark.
 """
 
-import csv
-import io
 import math
 import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import common
 import torch
-from reference import BATCH_SIZE, ReferenceNet, train_reference
-from torch.utils.data import DataLoader
+from curves import COLUMNS, MARKS, add_run, draw, make_rows, median_times, read_runs
+from reference import BATCH_SIZE, LEARNING_RATE, ReferenceNet, SmpUNet, StudyRun, import_smp
 
 import engine
-from dataloader_mtl import load_splits
-from models import MTLNet
-from support.cli import run_script, whole_number
+from dataloader_mtl import (
+    JITTER,
+    EpochBatches,
+    RandomCropFlip,
+    epoch_positions,
+    load_splits,
+    split_batches,
+    training_size,
+)
+from evaluation import ConstantNet
+from models import MTLNet, UNet
+from support.cli import positive_number, run_script, whole_number
 from support.device import keep_freed_memory, seed_everything
-from support.files import write_file
 from utils import WeightedLoss
 
-
-def write_curve(points, path):
-    """`points`: (minutes of training, images trained on, validation Dice)."""
-    text = io.StringIO(newline='')
-    csv.writer(text).writerows([('minutes', 'images', 'val_dice'), *points])
-    write_file(path, lambda file: file.write(text.getvalue().encode()))
+CPU = torch.device('cpu')
+RECIPE = engine.training_parser('', out='').parse_args([])
+IMAGENET = {'encoder': 'tf_efficientnet_lite0', 'encoder_weights': 'imagenet'}
 
 
-def read_curve(path):
-    with open(path, newline='') as file:
-        return [tuple(map(float, row)) for row in list(csv.reader(file))[1:]]
+class Contender(NamedTuple):
+    label: str
+    network: Callable  # n_classes -> network
+    tasks: tuple = ('mask',)  # an image that has the label of one of them is trained on
+    study: bool = False  # the study's training, not ours
+    ours: bool = False
+    encoder_share: float = 1  # of the learning rate, for the encoder
+
+    @property
+    def batch_size(self):
+        return BATCH_SIZE if self.study else RECIPE.batch_size
 
 
-def reference_curve(args, data):
-    seed_everything(args.seed)
-    parts = load_splits(data, ['mask'])
-    part = parts['train']
-    model, device = ReferenceNet(len(part.dataset.class_names)), torch.device('cpu')
-
-    def batches():
-        while True:
-            order = [batch.tolist() for batch in torch.randperm(len(part)).split(BATCH_SIZE)]
-            yield from DataLoader(part, batch_size=None, sampler=order, num_workers=args.workers)
-
-    points, seconds, images = [], 0, 0
-    start = time.perf_counter()
-    for count in train_reference(model, batches()):
-        images += count
-        spent = seconds + time.perf_counter() - start
-        if spent >= (len(points) + 1) * args.minutes * 60 / args.points:
-            dice = engine.evaluate(model, parts['val'], device)['dice']
-            points.append((spent / 60, images, dice))
-            print(f'reference: {spent / 60:.1f} min, {images} images, validation Dice {dice:.4f}', flush=True)
-            seconds, start = spent, time.perf_counter()
-            if spent >= args.minutes * 60:
-                return points
+CONTENDERS = {
+    'study': Contender("reference network, the study's training", ReferenceNet, study=True),
+    'reference': Contender('reference network, our training', partial(ReferenceNet, tasks=('mask',))),
+    'smp': Contender("smp Unet('resnet18'), our training", SmpUNet),
+    'masks': Contender('ours, masks alone', UNet, ours=True),
+    'tasks': Contender('ours, all tasks', MTLNet, MTLNet.tasks, ours=True),
+    'masks-imagenet': Contender(
+        'ours, masks alone, ImageNet encoder', partial(UNet, **IMAGENET), ours=True, encoder_share=1 / 3
+    ),
+    'tasks-imagenet': Contender(
+        'ours, all tasks, ImageNet encoder', partial(MTLNet, **IMAGENET), MTLNet.tasks, ours=True, encoder_share=1 / 3
+    ),
+}
 
 
-def our_curve(args, data, epochs):
-    out = args.out / f'epochs_{epochs}'
-    options = {
-        '--data': data,
-        '--epochs': epochs,
-        '--seed': args.seed,
-        '--device': 'cpu',
-        '--workers': args.workers,
-        '--out': out,
-        '--resume': 'auto',
-    }
-    arguments = [str(each) for option in options.items() for each in option]
-    engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), engine.training_parser('', out='').parse_args(arguments))
-    points, seconds, images = [], 0, 0
-    with open(out / 'log.csv', newline='') as file:
-        for row in csv.DictReader(file):
-            seconds += float(row['train_seconds'])
-            images += round(float(row['train_seconds']) * float(row['images_per_second']))
-            points.append((seconds / 60, images, float(row['val_dice'])))
+# ---- one run
+
+
+def make_run(contender, rate, dataset, steps):
+    model = contender.network(n_classes=len(dataset.class_names))
+    if contender.study:
+        return StudyRun(model, dataset, CPU)
+    weighting = WeightedLoss.equal(model.tasks)
+    return engine.Run(model, weighting, dataset, steps, rate, rate * contender.encoder_share, CPU)
+
+
+def size_steps(contender, steps, image_size):
+    """{image size: how many of the steps}, in order."""
+    if contender.study:
+        return {image_size: steps}
+    return Counter(training_size(step, steps, image_size) for step in range(1, steps + 1))
+
+
+def train_steps(run, contender, part, size, steps, args, seed, before_step=lambda loader: None):
+    """Train on `steps` batches at one image size; `before_step` is called with their loader."""
+    part.dataset.transform = None if contender.study else RandomCropFlip(*size)
+    part.dataset.jitter = 0 if contender.study else JITTER
+    positions, count = epoch_positions(part), steps * contender.batch_size
+    epochs = [positions[torch.randperm(len(positions))] for _ in range(math.ceil(count / len(positions)))]
+    batches = EpochBatches(part, split_batches(torch.cat(epochs)[:count], contender.batch_size), seed, size[0])
+    loader = batches.loader(0, args.workers, CPU)
+    run.start_epoch()
+    engine.train_one_epoch(run, loader, f'{size[1]} x {size[0]}', lambda: before_step(batches))
+
+
+def steps_that_fit(contender, rate, part, args):
+    """The steps of a run of --minutes, from the speed at each of its sizes for a fiftieth of that time each."""
+    run, total = make_run(contender, rate, part.dataset, 10**6), 0
+    for size, share in size_steps(contender, 1000, part.dataset.image_size).items():
+        train_steps(run, contender, part, size, 1, args, 0)  # the first step plans
+        steps, spent = 1, 0
+        while spent < args.minutes * 60 / 50:
+            steps, start = 2 * steps, time.perf_counter()
+            train_steps(run, contender, part, size, steps, args, 0)
+            spent = time.perf_counter() - start
+        total += share / 1000 * spent / steps
+    return max(1, round(args.minutes * 60 / total))
+
+
+def train_curve(contender, rate, seed, data, args):
+    """[(minutes of training, images trained on, validation Dice)]."""
+    part, validation = load_splits(data, contender.tasks)['train'], load_splits(data, ['mask'])['val']
+    seed_everything(seed)
+    steps = steps_that_fit(contender, rate, part, args)
+    print(
+        f'{contender.label}, learning rate {rate:g}, seed {seed}: {steps} steps of {contender.batch_size}', flush=True
+    )
+    seed_everything(seed)
+    run = make_run(contender, rate, part.dataset, steps)
+    points, images, started, paused = [], 0, time.perf_counter(), 0
+
+    def minutes():
+        return (time.perf_counter() - started - paused) / 60
+
+    def validate(seen):
+        nonlocal paused
+        now, start = minutes(), time.perf_counter()
+        options = {'workers': args.workers, 'bfloat16': run.bfloat16}
+        points.append((now, seen, engine.evaluate(run.average.module, validation, CPU, **options)['dice']))
+        paused += time.perf_counter() - start
+
+    def before_step(batches):
+        if minutes() >= (len(points) + 1) * args.minutes / args.points:
+            validate(images + batches.count(run.steps))
+
+    for size, count in size_steps(contender, steps, part.dataset.image_size).items():
+        train_steps(run, contender, part, size, count, args, seed, before_step)
+        images += count * contender.batch_size
+    validate(images)
     return points
 
 
-def draw(curves, path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
-    axes = figure.subplots()
-    for name, points in curves.items():
-        minutes, _, dice = zip(*points)
-        axes.plot(minutes, dice, '.-', label=name.replace('_', ' ').replace('epochs', 'ours, epochs:'))
-    axes.set(xlabel='minutes of training', ylabel='validation Dice', xscale='log', ylim=(0, 1))
-    ticks = [
-        t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]
-    ]
-    axes.set_xticks(ticks, [f'{t:g}' for t in ticks])
-    axes.set_xticks([], minor=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write_file(path, lambda file: figure.savefig(file, format='png', dpi=120))
+def constant_dice(data):
+    """Dice of a mask of all ones on the validation images."""
+    dataset = (validation := load_splits(data, ['mask'])['val']).dataset
+    model = ConstantNet(torch.from_numpy(dataset.labels), torch.from_numpy(dataset.bboxes), len(dataset.class_names))
+    return engine.evaluate(model, validation, CPU)['dice']
 
 
-def first_time(points, dice):
-    """Minutes until the curve reaches `dice`, or infinity."""
-    return next((minutes for minutes, _, value in points if value >= dice), math.inf)
+# ---- all runs
+
+
+def planned(args):
+    """(contender, rate, seed) of each run; the first seed of all comes first."""
+    for number in range(max(args.seeds, args.seeds_of_others)):
+        for name in args.only:
+            contender = CONTENDERS[name]
+            if number < (args.seeds if contender.ours else args.seeds_of_others):
+                rates = [LEARNING_RATE] if contender.study else args.rates if name == 'reference' else [RECIPE.lr]
+                yield from ((name, rate, args.seed + number) for rate in rates)
 
 
 def main(argv=None):
     parser = common.parser(__doc__)
     common.data_option(parser, 600)
-    parser.add_argument('--minutes', type=float, default=60, help='for the reference (default: %(default)s)')
-    parser.add_argument(
-        '--points', type=whole_number(1), default=20, help="of the reference's curve (default: %(default)s)"
-    )
-    parser.add_argument(
-        '--epochs',
-        type=whole_number(1),
-        nargs='+',
-        default=[30],
-        metavar='N',
-        help='ours, a run for each (default: 30)',
-    )
-    parser.add_argument('--threads', type=whole_number(1), default=torch.get_num_threads(), help='default: %(default)s')
-    parser.add_argument('--workers', type=whole_number(0), default=1, help='as in train_mtl.py')
-    parser.add_argument('--seed', type=whole_number(0), default=0, help='default: %(default)s')
-    parser.add_argument('--only', choices=('reference', 'ours'), help='make one part, for another day')
-    parser.add_argument(
-        '--out', type=Path, default=Path('runs/time_to_dice'), metavar='DIR', help='default: %(default)s'
-    )
+    threads, out = torch.get_num_threads(), Path('runs/time_to_dice')
+    add = parser.add_argument
+    add('--minutes', type=positive_number, default=30, metavar='N', help='of every run (default: %(default)s)')
+    add('--points', type=whole_number(1), default=40, help='validations of a run (default: %(default)s)')
+    add('--seeds', type=whole_number(1), default=3, help='runs of each of ours (default: %(default)s)')
+    add('--seeds-of-others', type=whole_number(1), default=1, help='default: %(default)s')
+    add('--seed', type=whole_number(0), default=0, help='the first (default: %(default)s)')
+    rates = 'learning rates of the reference network with our training (default: 0.001 0.003 0.01)'
+    add('--rates', type=positive_number, nargs='+', default=[1e-3, 3e-3, 1e-2], metavar='LR', help=rates)
+    add('--only', choices=CONTENDERS, nargs='+', default=list(CONTENDERS), help='train these now')
+    add('--threads', type=whole_number(1), default=threads, help='default: %(default)s')
+    add('--workers', type=whole_number(0), default=RECIPE.workers, help='as in train_mtl.py (default: %(default)s)')
+    add('--out', type=Path, default=out, metavar='DIR', help='default: %(default)s')
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    args.out.mkdir(parents=True, exist_ok=True)
-    parts = {} if args.only == 'ours' else {'reference': lambda data: reference_curve(args, data)}
-    if args.only != 'reference':
-        parts |= {f'epochs_{n}': lambda data, n=n: our_curve(args, data, n) for n in args.epochs}
+    common.print_heading(parser, argv)
+    path = args.out / 'curves.csv'
+    missing = [key for key in planned(args) if key not in read_runs(path, args.minutes)]
+    if any(name == 'smp' for name, *_ in missing):
+        import_smp()
     with common.prepared(args.data, 600) as data:
-        for name, make in parts.items():
-            if not (args.out / f'{name}.csv').exists():
-                write_curve(make(data), args.out / f'{name}.csv')
-
-    curves = {path.stem: read_curve(path) for path in sorted(args.out.glob('*.csv'), reverse=True)}
-    draw(curves, args.out / 'time_to_dice.png')
-    reference = curves.get('reference', [(math.nan, 0, math.nan)])
-    best = max(dice for _, _, dice in reference)
-    ours = {name: points for name, points in curves.items() if name != 'reference'}
-    minutes, images, _ = reference[-1]
-    print(f'reference: best validation Dice {best:.4f} in {minutes:.1f} min and {images:.0f} images')
-    times = [math.inf]
-    for name, points in ours.items():
-        times.append(first_time(points, best))
-        marks = ', '.join(f'{dice} in {first_time(points, dice):.1f} min' for dice in (0.7, 0.8, 0.9, 0.91, 0.93))
-        print(
-            f'{name}: that in {times[-1]:.1f} min; {marks}; at the end {points[-1][2]:.4f} '
-            f'after {points[-1][0]:.1f} min'
-        )
-    common.finish(minutes / min(times), {'curves': curves}, args.json)
+        constant = constant_dice(data)
+        for name, rate, seed in missing:
+            points = train_curve(CONTENDERS[name], rate, seed, data, args)
+            add_run(path, (name, rate, seed), args.minutes, points)
+    runs = read_runs(path, args.minutes)
+    labels = {name: contender.label for name, contender in CONTENDERS.items()}
+    draw(runs, labels, constant, args.out / 'time_to_dice.png')
+    marks = [f'{mark:.2f}' for mark in MARKS]
+    common.print_table(['', 'rate', 'seed', *marks, 'best', 'at the end', 'minutes', 'images'], make_rows(runs, labels))
+    print(f'minutes of training to a validation Dice of {", ".join(marks)}; not reached: in {args.minutes:g} minutes')
+    print(f'a mask of all ones: {constant:.4f}')
+    theirs, ours = (median_times(runs, name) for name in ('reference', 'masks'))
+    ratios = [a / b for a, b in zip(theirs, ours) if max(a, b) < math.inf]
+    curves = [dict(zip(COLUMNS, key)) | {'points': points} for key, points in runs.items()]
+    common.finish(ratios[-1] if ratios else None, {'curves': curves, 'constant': constant}, args.json)
 
 
 if __name__ == '__main__':

@@ -1,162 +1,168 @@
-"""How fast is the training? Images a second of train_mtl.py's recipe against the reference network's.
+"""What makes the training fast? A waterfall in images a second, from the reference network to train_mtl.py's recipe.
 
     python benchmarks/train_step.py --data datasets/data_new
 
-Ours is the training loop itself, loading and augmentation included, at each image size of the default
-recipe; the average is over the recipe's epochs. The reference is the study's training in float32 and
-NCHW, its batches read by the same loader without augmentation. Both see the same kind of images with the
-same number of threads and workers; the reference decodes the mask of each image, as the study did, ours of
-those that have one.
+Every line is one step of training on a batch in memory (loader.py measures loading): forward, backward,
+optimiser and, for ours, the moving average. All take the same --batch-size images with a mask, at the stored
+size; the last two lines of the waterfall alone have the recipe's share of masks, and then its image sizes,
+averaged over its epochs. Beside it: other encoders, and smp's Unet with the mask alone, in the same precision
+and layout (pip install -r benchmarks/requirements.txt).
 
-Also printed: the reference's speed with our setting of the C library's allocator, which is one of the
-things that make ours fast and helps any network; the share of our time that loading costs, found with
-batches that are already in memory; and the share in which the loop waits for the loader. The ratio:
-ours to the reference.
+The lines take turns in every round, each for --seconds or one step; printed are the median over the rounds and
+the lowest and highest. The setting of the C library's allocator cannot be undone in a process, so the
+lines before it run in a process of their own. 'of peak' are the FLOPs of the convolutions in a second of the
+whole step, as a share of what the best matrix product of 2,048 x 2,048 reaches in the same precision. Expect
+four minutes on two cores.
+
+The ratio: our network, at the same size and with a mask for every image, to the reference as it is.
 """
 
-import math
-import time
+import statistics
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from typing import NamedTuple
 
 import common
 import torch
-from reference import BATCH_SIZE, ReferenceNet, train_reference
-from torch.utils.data import DataLoader
+from reference import ReferenceNet, SmpUNet, import_smp
+from steps import FAST, OURS, REFERENCE, Line, convolution_flops, make_batch, make_run, matmul_flops, seconds_per_step
 
 import engine
-from dataloader_mtl import (
-    JITTER,
-    EpochBatches,
-    epoch_positions,
-    load_splits,
-    split_batches,
-    training_size,
-    training_transform,
-)
-from models import MTLNet
-from support.cli import run_script, whole_number
+from dataloader_mtl import epoch_positions, load_splits, training_size
+from models import MTLNet, UNet
+from support.cli import positive_number, run_script, whole_number
 from support.device import keep_freed_memory
-from utils import WeightedLoss
+
+LITE0 = 'tf_efficientnet_lite0'
+WATERFALL = {
+    'reference: NCHW, float32': REFERENCE,
+    '+ channels_last': REFERENCE._replace(channels_last=True),
+    '+ freed memory kept': REFERENCE._replace(channels_last=True, keep_memory=True),
+    '+ bfloat16' if FAST else '(no bfloat16 on this CPU)': Line(ReferenceNet, study=True),
+    '+ our network and loss': OURS,
+}
+OTHERS = {
+    f'ours, {LITE0}': Line(partial(MTLNet, encoder=LITE0)),
+    'ours, mask alone': Line(UNet),
+    f'ours, mask alone, {LITE0}': Line(partial(UNet, encoder=LITE0)),
+    'smp resnet18, mask alone': Line(partial(SmpUNet, encoder='resnet18')),
+    'smp resnet34, mask alone': Line(partial(SmpUNet, encoder='resnet34')),
+}
+LINES = WATERFALL | OTHERS
 
 
-def reference_speed(dataset, steps, workers):
-    torch.manual_seed(0)
-    batches = torch.randperm(len(dataset))[: BATCH_SIZE * (steps + 1)].split(BATCH_SIZE)
-    loader = DataLoader(dataset, batch_size=None, sampler=[batch.tolist() for batch in batches], num_workers=workers)
-    training = train_reference(ReferenceNet(len(dataset.class_names)), loader)
-    next(training)  # the first step allocates and plans
-    start = time.perf_counter()
-    images = sum(training)
-    return images / (time.perf_counter() - start)
+# ---- in a process of its own
+
+RUNS = {}  # of this process: {Case: (run, batch)}
 
 
-class Waiting:
-    """A loader that measures how long its user waits for it."""
+class Case(NamedTuple):
+    """What takes its turn: a line of the table, at one size (height, width) and with a share of masks."""
 
-    def __init__(self, loader):
-        self.loader, self.dataset, self.seconds = loader, loader.dataset, 0
-
-    def __iter__(self):
-        batches = iter(self.loader)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.seconds += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
+    name: str
+    size: tuple
+    share: float
 
 
-class InMemory:
-    """A loader of one batch that is in memory, again and again."""
-
-    def __init__(self, batch, steps):
-        self.batch = batch
-        self.dataset = EpochBatches(None, [range(len(batch.image))] * steps, 0, 1)
-
-    def __iter__(self):
-        return (self.batch for _ in self.dataset.batches)
+def start_process(keep_memory, threads):
+    torch.set_num_threads(threads)
+    if keep_memory:
+        keep_freed_memory()
 
 
-def train(run, loader):
-    """An epoch of the batches of `loader`."""
-    run.start_epoch()
-    engine.train_one_epoch(run, loader, '')
+def prepare(case, data, batch_size):
+    """Take the first step of a case; returns its FLOPs."""
+    part, line = load_splits(data, ['mask'])['train'], LINES[case.name]
+    RUNS[case] = make_run(line, part.dataset), make_batch(line, part, case.size, batch_size, case.share)
+    return convolution_flops(*RUNS[case])
 
 
-def our_speed(run, part, size, steps, options):
-    """(images/s, images/s without loading, share of the time spent waiting for the loader)."""
-    part.dataset.transform = training_transform(*size)
-    steps *= (part.dataset.image_size[0] // size[0]) ** 2
+def measure(case, seconds):
+    return seconds_per_step(*RUNS[case], seconds)
 
-    def loader(steps):
-        positions = epoch_positions(part)
-        epochs = math.ceil(steps * options.batch_size / len(positions))
-        indices = torch.cat([positions[torch.randperm(len(positions))] for _ in range(epochs)])
-        batches = split_batches(indices[: steps * options.batch_size], options.batch_size)
-        return EpochBatches(part, batches, 0, 1).loader(0, options.workers, run.device)
 
-    train(run, InMemory(next(iter(loader(2))), 3))
-    waiting = Waiting(loader(steps))
-    start = time.perf_counter()
-    train(run, waiting)
-    seconds = time.perf_counter() - start
-    # The same mixture of labels, which a single batch would not have.
-    batches = list(loader(min(steps, 20)))
-    start, images = time.perf_counter(), 0
-    for batch in batches:
-        train(run, InMemory(batch, 1))
-        images += len(batch.image)
-    without = images / (time.perf_counter() - start)
-    return steps * options.batch_size / seconds, without, waiting.seconds / seconds
+# ---- the table
+
+
+def recipe_cases(data):
+    """The parts of the last two lines of the waterfall: {line: {Case: epochs}}."""
+    part, options = load_splits(data, MTLNet.tasks)['train'], engine.training_parser('', out='').parse_args([])
+    dataset = part.dataset
+    indices = torch.as_tensor(part.indices)[epoch_positions(part)]
+    share = float(dataset.labelled['mask'][indices].mean())
+    epochs = Counter(training_size(each, options.epochs, dataset.image_size) for each in range(1, options.epochs + 1))
+    name = list(WATERFALL)[-1]
+    return {
+        f'+ {share:.0%} of the images decoded': {Case(name, dataset.image_size, share): 1},
+        '+ image sizes of the recipe': {Case(name, size, share): count for size, count in epochs.items()},
+    }
+
+
+def weighted_mean(parts, values):
+    """Of {Case: list of float} with the weights {Case: weight}: list of float."""
+    total = sum(parts.values())
+    return [sum(each) / total for each in zip(*([w * value for value in values[case]] for case, w in parts.items()))]
+
+
+def make_rows(lines, seconds, flops, peaks, batch_size):
+    """The rows of the table, and {line: {'images_per_second', ...}}; the first of `lines` is the reference."""
+    rows, results, first, before = [], {}, None, None
+    for name, parts in lines.items():
+        spent = weighted_mean(parts, seconds)
+        speeds = [batch_size / each for each in spent]
+        first = first or speeds
+        to_first = statistics.median(speed / other for speed, other in zip(speeds, first))
+        step = ''
+        if before and name not in OTHERS:
+            step = f'{statistics.median(speed / other for speed, other in zip(speeds, before)):.2f}'
+        before = speeds
+        (count,) = weighted_mean(parts, {case: [value] for case, value in flops.items()})
+        peak = peaks[LINES[next(iter(parts)).name].bfloat16]
+        of_peak = count / statistics.median(spent) / peak
+        results[name] = {'images_per_second': speeds, 'to_reference': to_first, 'of_peak': of_peak}
+        gigaflops = f'{count / batch_size / 1e9:.1f}'
+        rows.append([name, common.with_range(speeds, 1), step, f'{to_first:.2f}', gigaflops, f'{of_peak:.0%}'])
+    return rows, results
 
 
 def main(argv=None):
     parser = common.parser(__doc__)
-    common.data_option(parser, 600)
-    parser.add_argument(
-        '--steps',
-        type=whole_number(2),
-        default=30,
-        help='ours, at the full size, and more at smaller ones (default: %(default)s)',
-    )
-    parser.add_argument('--threads', type=whole_number(1), default=torch.get_num_threads(), help='default: %(default)s')
+    common.data_option(parser, 300)
+    threads = torch.get_num_threads()
+    add = parser.add_argument
+    add('--rounds', type=whole_number(1), default=5, help='default: %(default)s')
+    add('--seconds', type=positive_number, default=1.0, help='of a line in a round (default: %(default)s)')
+    add('--batch-size', type=whole_number(1), default=16, help='images of a step (default: %(default)s)')
+    add('--threads', type=whole_number(1), default=threads, help='default: %(default)s')
     args = parser.parse_args(argv)
+    import_smp()
     torch.set_num_threads(args.threads)
-    with common.prepared(args.data, 600) as data:
-        options = engine.training_parser('', out='').parse_args([])
-        part = load_splits(data, MTLNet.tasks)['train']
-        dataset = part.dataset
-        reference = reference_speed(dataset, 4, options.workers)
-        keep_freed_memory()
-        helped = reference_speed(dataset, 4, options.workers)
-        print(f'reference, float32, NCHW: {reference:.2f} images/s; {helped:.2f} with freed memory kept')
-
-        dataset.jitter = JITTER
-        weighting = WeightedLoss.equal(MTLNet.tasks)
-        run = engine.Run(MTLNet, weighting, dataset, 10_000, options.lr, torch.device('cpu'))
-        epochs_of = Counter(
-            training_size(epoch, options.epochs, dataset.image_size) for epoch in range(1, options.epochs + 1)
-        )
-        sizes, seconds, without = {}, 0, 0
-        for size, epochs in epochs_of.items():
-            speed, in_memory, waiting = our_speed(run, part, size, args.steps, options)
-            sizes['x'.join(map(str, size))] = {
-                'images_per_second': speed,
-                'in_memory': in_memory,
-                'waiting': waiting,
-                'epochs': epochs,
+    common.print_heading(parser, argv)
+    with common.prepared(args.data, 300) as data:
+        recipe = recipe_cases(data)
+        (full,) = recipe[next(iter(recipe))]
+        lines = {name: {full._replace(name=name, share=1.0): 1} for name in WATERFALL} | recipe
+        lines |= {name: {full._replace(name=name, share=1.0): 1} for name in OTHERS}
+        cases = list(dict.fromkeys(case for parts in lines.values() for case in parts))
+        start = partial(ProcessPoolExecutor, 1, get_context('spawn'), start_process)
+        with start((False, args.threads)) as plain, start((True, args.threads)) as keeping:
+            pools = {case: keeping if LINES[case.name].keep_memory else plain for case in cases}
+            flops = {case: pools[case].submit(prepare, case, data, args.batch_size).result() for case in cases}
+            measures = {
+                case: lambda case=case: pools[case].submit(measure, case, args.seconds).result() for case in cases
             }
-            seconds += epochs / speed
-            without += epochs / in_memory
-            print(
-                f'ours at {size[1]} x {size[0]}, {epochs} epochs: {speed:.1f} images/s, {in_memory:.1f} '
-                f'without loading; waiting for the loader {waiting:.1%}'
-            )
-    ours, loading = options.epochs / seconds, 1 - without / seconds
-    print(f'ours over the recipe: {ours:.1f} images/s; loading costs {loading:.1%}')
-    metrics = {'reference': reference, 'reference_with_memory_kept': helped, 'ours': ours, 'sizes': sizes}
-    common.finish(ours / reference, metrics | {'loading': loading}, args.json)
+            for fast, dtype in (False, torch.float32), (True, torch.bfloat16):
+                measures[fast] = lambda dtype=dtype: keeping.submit(matmul_flops, dtype).result()
+            values = common.in_turns(measures, args.rounds)
+    peaks = {fast: max(values[fast]) for fast in (False, True)}
+    rows, results = make_rows(lines, values, flops, peaks, args.batch_size)
+    titles = ['', 'images/s (range)', 'to the one before', 'to the reference', 'GFLOP an image', 'of peak']
+    common.print_table(titles, rows)
+    print(f'peak: {peaks[False] / 1e9:.0f} GFLOP/s in float32, {peaks[True] / 1e9:.0f} in bfloat16')
+    ratio = results[list(WATERFALL)[-1]]['to_reference']
+    common.finish(ratio, {'lines': results, 'peak_flops': list(peaks.values())}, args.json)
 
 
 if __name__ == '__main__':
