@@ -1,7 +1,7 @@
 """The data of a run: `MTLDataset`, augmentation, and the batches and image size of an epoch.
 
-    from dataloader_mtl import MTLDataset, training_transform
-    dataset = MTLDataset('train', transform=training_transform(256, 256))
+    from dataloader_mtl import MTLDataset, RandomCropFlip
+    dataset = MTLDataset('train', transform=RandomCropFlip(256, 256))
     image, bbox, label, mask = dataset[0]
 
 Run `data_rechunk.py` first. An unknown box or mask is NaN and an unknown label -1; every loss and metric of
@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
+from torchvision.ops import box_area
 from torchvision.transforms import v2
 
 from support.cli import InputError, ignore_signals, signals_blocked
@@ -29,10 +31,11 @@ from support.splits import limited, open_split
 MEAN = (0.4773, 0.4458, 0.3949)
 STD = (0.2280, 0.2255, 0.2280)
 
-SMALLEST_BOX = 0.02  # of the image's side: augmentation drops boxes of which less is left
+VISIBLE_BOX = 0.75  # of a box's area: augmentation drops boxes of which a crop leaves less
 JITTER = 0.3  # strength of `colour_jitter` in training
 MASK_REPEATS = 3  # how often a masked image comes in an epoch where masks are rare
 LOADING, TRAINING = 0, 1  # what a batch's two random seeds are for
+NEAREST_EXACT = v2.InterpolationMode.NEAREST_EXACT
 
 
 # ---- pixels
@@ -75,14 +78,78 @@ def colour_jitter(images, strength):
     return torch.baddbmm(offset, matrix, images.flatten(2)).view_as(images)
 
 
-def training_transform(height, width):
-    """The augmentation of (image, boxes, mask) tv_tensors: flip, scale and crop to height x width."""
-    return v2.Compose(
-        [
-            v2.RandomHorizontalFlip(),
-            v2.RandomResizedCrop((height, width), scale=(0.4, 1.0), ratio=(0.8, 1.25), antialias=True),
-        ]
-    )
+class Mask(tv_tensors.Mask):
+    """A mask whose resized pixels lie where the image's do.
+
+    v2 resizes masks with the mode 'nearest', which moves them by half a pixel; this one takes 'nearest-exact'.
+    """
+
+
+@v2.functional.register_kernel(v2.functional.resize, Mask)
+def resize_mask(mask, size, max_size=None, **kwargs):
+    resized = v2.functional.resize_image(mask.as_subclass(torch.Tensor), size, NEAREST_EXACT, max_size)
+    return tv_tensors.wrap(resized, like=mask)
+
+
+@v2.functional.register_kernel(v2.functional.resized_crop, Mask)
+def resized_crop_mask(mask, top, left, height, width, size, **kwargs):
+    crop = v2.functional.crop_image(mask.as_subclass(torch.Tensor), top, left, height, width)
+    return tv_tensors.wrap(v2.functional.resize_image(crop, size, NEAREST_EXACT), like=mask)
+
+
+class RandomCropFlip:
+    """The augmentation of training: a random crop, resized to (height, width), and a horizontal flip.
+
+    The same as v2.RandomResizedCrop((height, width), scale, ratio) and then v2.RandomHorizontalFlip(), for a whole
+    batch: what Python does for each image is one crop and resize.
+
+    Args:
+        height, width: of the result, in pixels.
+        scale: smallest and largest area of the crop, as a share of the image's.
+        ratio: smallest and largest ratio of its width to its height.
+    """
+
+    def __init__(self, height, width, scale=(0.4, 1.0), ratio=(0.8, 1.25)):
+        self.size, self.scale, self.ratio = (height, width), scale, ratio
+
+    def draw(self, count, height, width):
+        """Parameters for `count` images of height x width: crops, a (count, 4) int64 tensor of top, left, height and
+        width, and flips, (count,) bool."""
+        attempts = 10  # to draw a crop that fits into the image, as in v2; the first that does is taken
+        area = height * width * torch.empty(count, attempts).uniform_(*self.scale)
+        ratio = torch.empty(count, attempts).uniform_(*map(math.log, self.ratio)).exp()
+        sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2)
+        largest = torch.tensor([min(height, width / self.ratio[0]), min(width, height * self.ratio[1])])
+        sides = torch.cat([sides, largest.expand(count, 1, 2)], dim=1).round()  # the largest always fits
+        image = torch.tensor([height, width])
+        chosen = (sides <= image).all(dim=2).int().argmax(dim=1)
+        sides = sides[torch.arange(count), chosen].long()
+        corners = (torch.rand(count, 2) * (image - sides + 1)).long()
+        return torch.cat([corners, sides], dim=1), torch.rand(count) < 0.5
+
+    def __call__(self, images, boxes, masks, has_mask):
+        """Images (N, 3, H, W), boxes (N, 4) in pixels, masks (N, 1, H, W) and (N,) bool -> the first three.
+
+        Only masks of `has_mask` are read, the others become unknown. Boxes may reach over the border.
+        """
+        crops, flips = self.draw(len(images), *images.shape[-2:])
+        return self.apply(images, boxes, masks, has_mask, crops, flips)
+
+    def apply(self, images, boxes, masks, has_mask, crops, flips):
+        new_images = images.new_empty((len(images), 3, *self.size))
+        new_masks = masks.new_full((len(images), 1, *self.size), MASK_UNKNOWN)
+        for row, (top, left, height, width) in enumerate(crops.tolist()):
+            window = (slice(row, row + 1), slice(None), slice(top, top + height), slice(left, left + width))
+            new_images[row] = F.interpolate(images[window], self.size, mode='bilinear', antialias=True)[0]
+            if has_mask[row]:
+                new_masks[row] = F.interpolate(masks[window], self.size, mode='nearest-exact')[0]
+        new_images[flips] = new_images[flips].flip(-1)
+        new_masks[flips] = new_masks[flips].flip(-1)
+        top, left, height, width = crops.T[..., None].float()
+        x = (boxes[:, 0::2] - left) * self.size[1] / width
+        y = (boxes[:, 1::2] - top) * self.size[0] / height
+        x = torch.where(flips[:, None], self.size[1] - x.flip(1), x)
+        return new_images, torch.stack([x, y], dim=2).flatten(1), new_masks
 
 
 # ---- a split
@@ -104,10 +171,10 @@ class MTLDataset(Dataset):
 
     Args:
         type: the split, 'train', 'val' or 'test'.
-        transform: called with (Image (3, H, W), uint8, or float32 in [0, 1] if stored as float; BoundingBoxes
-            (1, 4) in pixels; Mask (1, H, W) uint8 with 255 for unknown pixels) and returns the same; an unknown
-            box or mask has 0 in place of the leading 1. `training_transform` makes one. Normalisation comes
-            after it.
+        transform: a RandomCropFlip, or any transform of torchvision's v2: called with (Image (3, H, W), uint8, or
+            float32 in [0, 1] if stored as float; BoundingBoxes (1, 4) in pixels; Mask (1, H, W) uint8 with 255 for
+            unknown pixels), it returns the same; an unknown box or mask has 0 in place of the leading 1.
+            Normalisation comes after it.
         root: the folder with train/, val/ and test/.
         label: 'breed' (breeds.h5), 'species' (binary.h5) or 'auto': the breed if there is a breeds.h5.
         jitter: strength of `colour_jitter` after the transform, in [0, 1).
@@ -144,7 +211,12 @@ class MTLDataset(Dataset):
         if not isinstance(index, list):
             position = range(len(self))[index]  # also a negative one; raises IndexError
             return Sample(*(field[0] for field in self[[position]]))
-        images, boxes, masks = self._read_batch(index) if self.transform is None else self._transform_batch(index)
+        if self.transform is None:
+            images, boxes, masks = self._read_batch(index)
+        elif isinstance(self.transform, RandomCropFlip):
+            images, boxes, masks = self.transform(*self._read_batch(index), self.labelled['mask'][index])
+        else:
+            images, boxes, masks = self._transform_each(index)
         if self.jitter:
             images = colour_jitter(v2.functional.to_dtype(images, torch.float32, scale=True), self.jitter)
         return Sample(
@@ -169,8 +241,8 @@ class MTLDataset(Dataset):
             images /= 255  # stored as 0-255 whatever the type; torchvision's floats are 0-1
         return images, torch.from_numpy(self.bboxes[indices]), masks
 
-    def _transform_batch(self, indices):
-        """The same after the transform of each sample."""
+    def _transform_each(self, indices):
+        """The same after a transform of v2 on each sample."""
         samples = []
         for index in indices:
             image, bbox, mask = self._read_batch([index])
@@ -178,8 +250,10 @@ class MTLDataset(Dataset):
             samples.append(
                 self.transform(
                     tv_tensors.Image(image[0]),
-                    tv_tensors.BoundingBoxes(bbox[: known['box']], format='XYXY', canvas_size=self.image_size),
-                    tv_tensors.Mask(mask[0, : known['mask']]),
+                    tv_tensors.BoundingBoxes(
+                        bbox[: known['box']], format='XYXY', canvas_size=self.image_size, clamping_mode=None
+                    ),
+                    Mask(mask[0, : known['mask']]),
                 )
             )
         images, boxes, masks = ([part.as_subclass(torch.Tensor) for part in each] for each in zip(*samples))
@@ -193,10 +267,11 @@ class MTLDataset(Dataset):
 
     def _relative(self, boxes, height, width):
         """(N, 4) in pixels -> (N, 4) in [0, 1]; NaN where unknown or where augmentation left too little."""
-        boxes = (boxes / torch.tensor([width, height, width, height])).clamp_(0, 1)
+        boxes = boxes / torch.tensor([width, height, width, height])
+        visible = boxes.clamp(0, 1)
         if self.transform is not None:
-            boxes[(boxes[:, 2:] - boxes[:, :2] < SMALLEST_BOX).any(dim=1)] = torch.nan
-        return boxes
+            visible[~(box_area(visible) >= VISIBLE_BOX * box_area(boxes))] = torch.nan
+        return visible
 
     def with_labels(self, tasks):
         """Indices (list of int) of the samples that have a label for at least one of `tasks`."""

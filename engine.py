@@ -13,7 +13,6 @@ epoch are in dataloader_mtl.py, losses and metrics in utils.py.
 """
 
 import argparse
-import math
 import time
 import zlib
 from contextlib import ExitStack
@@ -30,25 +29,24 @@ from dataloader_mtl import (
     JITTER,
     TRAINING,
     EpochBatches,
-    Sample,
+    RandomCropFlip,
     count_labels,
     epoch_positions,
-    evaluation_loader,
     iter_loader,
     load_splits,
     split_batches,
     steps_per_epoch,
     training_size,
-    training_transform,
 )
+from evaluation import evaluate, forward, run_test, to_device
 from models import load_model, model_content
 from support.checkpoint import TRAINING_FORMAT, find_checkpoint, is_finite, load_checkpoint, save_checkpoint, save_last
 from support.cli import InputError, Stopped, StopRequest, positive_number, reason, whole_number
 from support.device import choose_device, has_fast_bfloat16, keep_freed_memory, seed_everything
 from support.distributed import all_gather, get_world_size, is_main_process, on_main_process, print_once, process_group
 from support.files import lock_folder
-from support.report import draw_curves, entries, epoch_line, print_metrics, write_log, write_metrics
-from utils import METRICS, PRINTED, TASKS, MeanLosses, mask_known, task_losses
+from support.report import draw_curves, entries, epoch_line, print_test, write_log, write_metrics
+from utils import PRINTED, TASKS, MeanLosses, task_losses
 
 
 def training_parser(description, out):
@@ -59,6 +57,12 @@ def training_parser(description, out):
     add('--epochs', type=whole_number(1), default=30, help='passes over the data (default: %(default)s)')
     add('--batch-size', type=whole_number(1), default=16, help='over all processes (default: %(default)s)')
     add('--lr', type=positive_number, default=3e-3, help='highest learning rate (default: %(default)s)')
+    encoder_help = "'unet', from scratch, or a timm model, such as tf_efficientnet_lite0 (default: %(default)s)"
+    add('--encoder', default='unet', metavar='NAME', help=encoder_help)
+    weights_help = "of a timm encoder at the start: 'imagenet' (default), 'none' or a file of weights"
+    add('--encoder-weights', metavar='WEIGHTS', help=weights_help)
+    lr_help = 'of the encoder (default: --lr, a third of it for an encoder with weights)'
+    add('--encoder-lr', type=positive_number, metavar='LR', help=lr_help)
     add('--seed', type=whole_number(0), default=0, help='random seed of the run (default: %(default)s)')
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='where to train (default: %(default)s)')
     add('--workers', type=whole_number(0), default=1, help='processes that load data (default: %(default)s)')
@@ -73,12 +77,6 @@ def training_parser(description, out):
 
 
 # ---- one step
-
-
-def forward(model, batch):
-    """The Outputs for a batch, and the batch, both with masks only for the images that have one."""
-    has_mask = mask_known(batch.mask)
-    return model(batch.image, decode=has_mask), batch._replace(mask=batch.mask[has_mask])
 
 
 class Objective(nn.Module):
@@ -114,11 +112,6 @@ class Objective(nn.Module):
         return sum(0 * parameter.sum() for parameter in self.model.parameters())
 
 
-def to_device(batch, device):
-    batch = Sample(*(tensor.to(device, non_blocking=True) for tensor in batch))
-    return batch._replace(image=batch.image.contiguous(memory_format=torch.channels_last))
-
-
 # ---- one epoch
 
 
@@ -139,11 +132,7 @@ def train_one_epoch(run, loader, description, before_step=lambda: None):
             total, losses = run.objective(to_device(batch, run.device))
             if not all(all_gather(bool(total.isfinite()))):
                 raise not_finite(description, run.steps, batches, total, losses)
-            run.optimizer.zero_grad()
-            total.backward()
-            run.optimizer.step()
-            run.schedule.step()
-            run.average.update_parameters(run.model)
+            run.update(total)
             run.losses.add(losses)
             run.steps += 1
             done += len(batch.image)
@@ -163,52 +152,37 @@ def not_finite(description, step, batches, total, losses):
     )
 
 
-@torch.inference_mode()
-def evaluate(model, dataset, device, batch_size=32, workers=0, bfloat16=False, before_batch=lambda: None):
-    """The metrics of `model` on an MTLDataset or a Subset of one: means over the samples that have the label.
-
-    Returns {metric of METRICS or 'loss_<task>': float} over all ranks, without tasks that the network does not
-    have or that no sample has a label for. Evaluation mode; the model's mode is restored.
-    """
-    was_training = model.training
-    model.eval()
-    values, losses, seen = {name: [] for name in METRICS}, MeanLosses(), 0
-    for batch in iter_loader(evaluation_loader(dataset, batch_size, workers)):
-        before_batch()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            outputs, batch = forward(model, to_device(batch, device))
-        for name, metric in METRICS.items():
-            field = TASKS[metric.task].field
-            prediction = getattr(outputs, field)
-            if prediction is not None:
-                values[name] += metric.function(prediction, getattr(batch, field), reduction='none').tolist()
-        losses.add(task_losses(outputs, batch))
-        seen += len(batch.image)
-    model.train(was_training)
-    assert sum(all_gather(seen)) == len(dataset), 'the loader must give each sample once'
-    values = {name: [value for rank in all_gather(own) for value in rank] for name, own in values.items()}
-    # fsum is exact, so the order of the samples and the number of ranks change nothing.
-    return {name: math.fsum(each) / len(each) for name, each in values.items() if each} | losses.result()
-
-
 # ---- a run
 
 
-def make_optimizer(model, weighting, lr):
+def choose_weights(encoder, weights):
+    """The encoder's weights at the start, for --encoder and --encoder-weights."""
+    if encoder != 'unet':
+        return 'imagenet' if weights is None else weights
+    if weights not in (None, 'none'):
+        raise InputError(f'--encoder-weights {weights}: --encoder unet starts from scratch; give a timm encoder, too')
+    return 'none'
+
+
+def make_optimizer(model, weighting, lr, encoder_lr):
     """AdamW; weight decay on the weights of convolutions and linear layers alone."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1] + list(weighting.parameters())
-    groups = [{'params': matrices, 'weight_decay': 0.05}, {'params': others, 'weight_decay': 0}]
+    groups = []
+    encoder, others = list(model.encoder.parameters()), list(weighting.parameters())
+    others += [p for name, p in model.named_parameters() if not name.startswith('encoder.')]
+    for parameters, rate in (encoder, encoder_lr), (others, lr):
+        for decay, chosen in (0.05, lambda p: p.ndim > 1), (0, lambda p: p.ndim <= 1):
+            groups.append({'params': list(filter(chosen, parameters)), 'lr': rate, 'weight_decay': decay})
     return torch.optim.AdamW(groups, lr, fused=True)
 
 
-def make_schedule(optimizer, lr, total_steps):
-    """The learning rate of each step: a warm-up to `lr` and a cosine to almost zero (Smith and Topin 2018).
+def make_schedule(optimizer, total_steps):
+    """The learning rate of each step: a warm-up to that of the optimiser and a cosine to almost zero.
 
-    The first of Adam's betas moves from 0.95 to 0.85 and back meanwhile.
+    Smith and Topin 2018. The first of Adam's betas moves from 0.95 to 0.85 and back meanwhile.
     """
+    rates = [group['lr'] for group in optimizer.param_groups]
     # OneCycleLR divides by zero for 5 steps.
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(6, total_steps), pct_start=0.2)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=max(6, total_steps), pct_start=0.2)
 
 
 def make_average(model, total_steps):
@@ -229,17 +203,17 @@ class Run:
 
     STATEFUL = ('model', 'weighting', 'optimizer', 'schedule', 'average')
 
-    def __init__(self, network, weighting, dataset, total_steps, lr, device):
+    def __init__(self, model, weighting, dataset, total_steps, lr, encoder_lr, device):
         self.class_names, self.image_size = dataset.class_names, dataset.image_size
         self.device, self.bfloat16 = device, has_fast_bfloat16(device)
-        self.model = network(n_classes=len(dataset.class_names)).to(device, memory_format=torch.channels_last)
+        self.model = model.to(device, memory_format=torch.channels_last)
         self.weighting = weighting.to(device)
         self.objective = Objective(self.model, self.weighting, self.bfloat16)
         if dist.is_initialized():
             # A batch without masks leaves the decoder without gradients.
             self.objective = DistributedDataParallel(self.objective, find_unused_parameters=True)
-        self.optimizer = make_optimizer(self.model, weighting, lr)
-        self.schedule = make_schedule(self.optimizer, lr, total_steps)
+        self.optimizer = make_optimizer(self.model, weighting, lr, encoder_lr)
+        self.schedule = make_schedule(self.optimizer, total_steps)
         self.average = make_average(self.model, total_steps)
         self.history, self.best, self.best_model = [], None, None  # a row for each epoch; the best of them
         self.start_epoch()
@@ -256,6 +230,14 @@ class Run:
     def position(self):
         """(epoch from 1, steps of it that are done)."""
         return len(self.history) + 1, self.steps
+
+    def update(self, total):
+        """One step of the optimiser, down the gradient of the loss `total`."""
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.average.update_parameters(self.model)
 
     def end_epoch(self, row):
         """Add the epoch's row to the history; keep its model if it is the best so far."""
@@ -374,7 +356,12 @@ def train(network, weighting, args):
         train_set.jitter = JITTER
         positions = epoch_positions(splits['train'])
         steps = steps_per_epoch(positions, args.batch_size)
-        run = Run(network, weighting, train_set, steps * args.epochs, args.lr, device)
+        checkpoint = on_main_process(lambda: find_checkpoint(out, args.resume))
+        encoder_weights = choose_weights(args.encoder, args.encoder_weights)
+        encoder_lr = args.encoder_lr or (args.lr if encoder_weights == 'none' else args.lr / 3)
+        weights = 'none' if checkpoint else encoder_weights
+        model = network(n_classes=len(train_set.class_names), encoder=args.encoder, encoder_weights=weights)
+        run = Run(model, weighting, train_set, steps * args.epochs, args.lr, encoder_lr, device)
         # Tells files that were made elsewhere, which have no preparation, from others.
         labels_checksum = zlib.crc32(train_set.labels.tobytes() + train_set.bboxes.tobytes())
         config = {
@@ -387,8 +374,10 @@ def train(network, weighting, args):
             'train_samples': len(splits['train']),
             'preparation': train_set.preparation or f'checksum {labels_checksum:08x}',
             **{name: getattr(args, name) for name in ('data', 'epochs', 'batch_size', 'lr', 'seed', 'limit_batches')},
+            'encoder': args.encoder,
+            'encoder_weights': encoder_weights,
+            'encoder_lr': encoder_lr,
         }
-        checkpoint = on_main_process(lambda: find_checkpoint(out, args.resume))
         if checkpoint:
             run.restore(checkpoint, config)
             print_once(f'resuming from {checkpoint}, epoch {len(run.history) + 1}, step {run.steps} of {steps}')
@@ -400,7 +389,7 @@ def train(network, weighting, args):
         check = stop.check if get_world_size() == 1 else lambda: None
         try:
             for epoch in range(len(run.history) + 1, args.epochs + 1):
-                train_set.transform = training_transform(*training_size(epoch, args.epochs, train_set.image_size))
+                train_set.transform = RandomCropFlip(*training_size(epoch, args.epochs, train_set.image_size))
                 seed_everything(args.seed, epoch)
                 order = positions[torch.randperm(len(positions))]
                 batches = EpochBatches(splits['train'], split_batches(order, args.batch_size), args.seed, epoch)
@@ -425,7 +414,7 @@ def train(network, weighting, args):
                 checkpoints.save()
                 print_once(epoch_line(row, args.epochs))
             model = load_model(out / 'best.pt', device)
-            test = evaluate(model, splits['test'], device, workers=args.workers, before_batch=check)
+            test = run_test(model, splits, device, workers=args.workers, before_batch=check)
         except Stopped as stopped:
             raise checkpoints.save_and_stop(stopped) from None
 
@@ -442,7 +431,7 @@ def train(network, weighting, args):
         }
         if is_main_process():
             chosen = 'best validation Dice' if 'val_dice' in best else 'the last, without validation masks'
-            print_metrics(f'Test, epoch {best["epoch"]} of {args.epochs} ({chosen})', test, PRINTED)
+            print_test(f'Test, epoch {best["epoch"]} of {args.epochs} ({chosen})', test, PRINTED)
             metrics = write_metrics(metrics, out / 'metrics.json')
             print(f'written to {out}')
         if stop.number:

@@ -12,18 +12,21 @@ The finest convolutions work at half resolution: on a CPU, most of a U-Net's tim
 and a pet's outline is smooth enough for its logits to be interpolated.
 """
 
-import copy
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dataloader_mtl import MEAN, STD
 from support.checkpoint import MODEL_FORMAT, is_finite, load_checkpoint
 from support.cli import InputError, are_names, reason
 from support.hdf5 import LARGEST_SIDE, is_image_size
+from support.timm_models import create_features
 
-CHANNELS = (32, 64, 128, 256, 256)  # at /2, /4, /8, /16 and /32
+CHANNELS = (32, 64, 128, 256, 256)  # of the study's encoder at /2, /4, /8, /16 and /32
+TIMM_WIDTHS = (32, 48, 64, 128)  # of the mask decoder at /2, /4, /8 and /16 with an encoder of timm
 
 
 class Outputs(NamedTuple):
@@ -47,6 +50,7 @@ class Encoder(nn.Module):
 
     def __init__(self, c_in):
         super().__init__()
+        self.channels = CHANNELS
         self.stages = nn.ModuleList()
         for level, c_out in enumerate(CHANNELS):
             # 4x4 at stride 2 sees every pixel equally often, as 3x3 at stride 2 does not.
@@ -62,41 +66,89 @@ class Encoder(nn.Module):
         return features
 
 
+class TimmEncoder(nn.Module):
+    """A model of timm, the library of image encoders (Wightman 2019): (N, 3, H, W) -> features at /2 to /32.
+
+    Images come normalised with the MEAN and STD of the pets and are brought to the mean and std that the encoder was
+    trained with.
+
+    Args:
+        name, weights: see `create_features`.
+    """
+
+    def __init__(self, name, weights='none'):
+        super().__init__()
+        self.features = create_features(name, weights)
+        self.channels = tuple(self.features.feature_info.channels())
+        config = self.features.pretrained_cfg
+        mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
+        own_mean, own_std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+        self.register_buffer('scale', own_std / std)
+        self.register_buffer('offset', (own_mean - mean) / std)
+        for module in list(self.features.modules()):
+            for child_name, child in module.named_children():
+                if isinstance(child, nn.Conv2d) and is_slow_in_bfloat16(child):
+                    setattr(module, child_name, Float32(child))
+
+    def forward(self, x):
+        return self.features(torch.addcmul(self.offset, x, self.scale))
+
+
+def is_slow_in_bfloat16(conv):
+    """Whether a depthwise convolution has, on a CPU, a backward pass in bfloat16 that takes 2 to 10 times as long."""
+    return conv.groups == conv.in_channels > 1 and max(*conv.kernel_size, 2 * max(conv.stride)) > 3
+
+
+class Float32(nn.Module):
+    """Runs a module in float32 on a CPU, also under autocast."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        if x.device.type != 'cpu' or not torch.is_autocast_enabled('cpu'):
+            return self.module(x)
+        with torch.autocast('cpu', enabled=False):
+            return self.module(x.float()).to(x.dtype)
+
+
 class MaskDecoder(nn.Module):
     """Encoder features -> mask logits (N, c_out, H, W).
 
-    Each level reduces the coarser features to its own channels, doubles their size, adds the encoder's
-    features and convolves once. Concatenation and two convolutions cost four times as much for each level.
+    Each level reduces the coarser features to its own `width`, doubles their size, adds the encoder's features and
+    convolves once. Concatenation and two convolutions cost four times as much for each level.
     """
 
-    def __init__(self, c_out):
+    def __init__(self, channels, widths, c_out):
         super().__init__()
-        below = CHANNELS[-1]
-        self.narrow, self.stages = nn.ModuleList(), nn.ModuleList()
-        for skip in reversed(CHANNELS[:-1]):
-            self.narrow.append(nn.Conv2d(below, skip, 1))
-            self.stages.append(conv_bn_relu(skip, skip))
-            below = skip
+        *skips, below = channels
+        self.narrow, self.lateral, self.stages = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for skip, width in zip(reversed(skips), reversed(widths)):
+            self.narrow.append(nn.Conv2d(below, width, 1))
+            self.lateral.append(nn.Identity() if skip == width else nn.Conv2d(skip, width, 1))
+            self.stages.append(conv_bn_relu(width, width))
+            below = width
         self.logits = nn.Conv2d(below, c_out, 1)
 
     def forward(self, features, size):
         *skips, x = features
-        for narrow, stage, skip in zip(self.narrow, self.stages, reversed(skips)):
+        for narrow, lateral, stage, skip in zip(self.narrow, self.lateral, self.stages, reversed(skips)):
             # Nearest neighbour before a convolution cannot make a checkerboard; a transposed
             # convolution can (Odena et al., Distill 2016).
             x = F.interpolate(narrow(x), size=skip.shape[-2:], mode='nearest')
-            x = stage(x + skip)
+            x = stage(x + lateral(skip))
         return F.interpolate(self.logits(x), size=size, mode='bilinear', align_corners=False)
 
 
 class ClassHead(nn.Module):
     """Encoder features -> class logits (N, n_classes)."""
 
-    def __init__(self, n_classes):
+    def __init__(self, channels, n_classes, width=512):
         super().__init__()
-        self.features = conv_bn_relu(CHANNELS[-1], 2 * CHANNELS[-1], kernel=1)
+        self.features = conv_bn_relu(channels[-1], width, kernel=1)
         self.dropout = nn.Dropout(0.3)  # a module, so that eval() switches it off
-        self.logits = nn.Linear(2 * CHANNELS[-1], n_classes)
+        self.logits = nn.Linear(width, n_classes)
 
     def forward(self, features):
         return self.logits(self.dropout(self.features(features[-1]).mean(dim=(2, 3))))
@@ -110,11 +162,10 @@ class BoxHead(nn.Module):
     runs from 0 at the first to 1 at the last, so a corner can lie on the border, and never outside.
     """
 
-    def __init__(self):
+    def __init__(self, channels, width=128):
         super().__init__()
-        channels = CHANNELS[-1] // 2
-        self.fine, self.coarse = (nn.Conv2d(c, channels, 1) for c in CHANNELS[-2:])
-        self.corners = nn.Sequential(conv_bn_relu(channels, channels), nn.Conv2d(channels, 2, 1))
+        self.fine, self.coarse = (nn.Conv2d(c, width, 1) for c in channels[-2:])
+        self.corners = nn.Sequential(conv_bn_relu(width, width), nn.Conv2d(width, 2, 1))
 
     def forward(self, features):
         fine, coarse = self.fine(features[-2]), self.coarse(features[-1])
@@ -144,6 +195,8 @@ class SharedEncoderNet(nn.Module):
         c_in: channels of the images.
         c_out_seg: channels of the mask logits.
         n_classes: number of class logits; unused without the task 'class'.
+        encoder: 'unet', the study's, or the name of a timm model (`TimmEncoder`; c_in must be 3).
+        encoder_weights: of a timm model: 'imagenet', 'none' or a file (`create_features`).
 
     `forward(x)` takes float images (N, c_in, H, W) and returns Outputs. With `decode`, a bool tensor (N,), only
     the K images where it is true go through the decoder: in training, images without a mask skip it. Raises
@@ -152,12 +205,15 @@ class SharedEncoderNet(nn.Module):
 
     tasks = ()
 
-    def __init__(self, c_in=3, c_out_seg=1, n_classes=37):
+    def __init__(self, c_in=3, c_out_seg=1, n_classes=37, encoder='unet', encoder_weights='none'):
         super().__init__()
-        self.encoder = Encoder(c_in)
-        self.decoder = MaskDecoder(c_out_seg) if 'mask' in self.tasks else None
-        self.class_head = ClassHead(n_classes) if 'class' in self.tasks else None
-        self.box_head = BoxHead() if 'box' in self.tasks else None
+        self.encoder_name = encoder
+        self.encoder = Encoder(c_in) if encoder == 'unet' else TimmEncoder(encoder, encoder_weights)
+        channels = self.encoder.channels
+        widths = channels[:-1] if encoder == 'unet' else TIMM_WIDTHS
+        self.decoder = MaskDecoder(channels, widths, c_out_seg) if 'mask' in self.tasks else None
+        self.class_head = ClassHead(channels, n_classes) if 'class' in self.tasks else None
+        self.box_head = BoxHead(channels) if 'box' in self.tasks else None
 
     def forward(self, x, decode=None):
         size = x.shape[-2:]
@@ -201,6 +257,27 @@ class AblatedNet2(SharedEncoderNet):
     tasks = ('mask', 'box')
 
 
+class FlipAveraged(nn.Module):
+    """A network whose outputs are means over the images and their mirror images."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, decode=None):
+        """As SharedEncoderNet.forward, with logits of the mean probabilities."""
+        label, mask, bbox = self.model(x, decode)
+        mirrored = self.model(x.flip(-1), decode)
+        if label is not None:
+            label = torch.logaddexp(label.log_softmax(dim=1), mirrored.label.log_softmax(dim=1)) - math.log(2)
+        if mask is not None:
+            mask = ((mask.sigmoid() + mirrored.mask.flip(-1).sigmoid()) / 2).logit(eps=1e-6)
+        if bbox is not None:
+            xmin, ymin, xmax, ymax = mirrored.bbox.unbind(dim=1)
+            bbox = (bbox + torch.stack([1 - xmax, ymin, 1 - xmin, ymax], dim=1)) / 2
+        return Outputs(label, mask, bbox)
+
+
 NETWORKS = {network.__name__: network for network in (MTLNet, UNet, AblatedNet, AblatedNet2)}
 
 
@@ -209,12 +286,18 @@ NETWORKS = {network.__name__: network for network in (MTLNet, UNet, AblatedNet, 
 
 def model_content(model, class_names, image_size):
     """What a model file holds: all that rebuilds the model for prediction, the weights as a copy."""
+    parameters = dict(model.named_parameters())
     return {
         'format': MODEL_FORMAT,
         'network': type(model).__name__,
+        'encoder': model.encoder_name,
         'class_names': class_names,
         'image_size': list(image_size),
-        'weights': copy.deepcopy(model.state_dict()),
+        # Weights of convolutions and linear layers as float16, which halves the file; the rest as it is.
+        'weights': {
+            name: tensor.half() if name in parameters and tensor.ndim > 1 else tensor.clone()
+            for name, tensor in model.state_dict().items()
+        },
     }
 
 
@@ -233,12 +316,14 @@ def load_model(path='mtl_model.pt', device='cpu'):
             raise ValueError('its class names are not a list of printable names')
         if not isinstance(size, list) or [type(side) for side in size] != [int, int] or not is_image_size(*size):
             raise ValueError('its image size is not one that the networks take')
-        with torch.device('meta'):  # without the time and the random numbers of an initialisation
-            model = NETWORKS[name](n_classes=len(class_names))
-        model.to_empty(device=device).load_state_dict(content['weights'])
+        with torch.random.fork_rng(devices=[]):  # the initial weights take random numbers
+            model = NETWORKS[name](n_classes=len(class_names), encoder=content.get('encoder', 'unet'))
+        model.load_state_dict(content['weights'])
         if not is_finite(model.state_dict()):
             raise ValueError('some of its weights are not finite')
+    except InputError as error:  # of the encoder
+        raise InputError(f'{path}: {error}') from None
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise InputError(f'{path}: does not fit the networks of models.py ({reason(error)}); train it again') from None
     model.class_names, model.image_size = class_names, tuple(size)
-    return model.eval()
+    return model.to(device).eval()

@@ -4,7 +4,7 @@
     python oeq_weighting.py --only 80-10-10      # one of them
 
 Trains the full network once for each weighting, segmentation-class-box in per cent, equal or learned
-(uncertainty), into runs/weighting/NAME/, and prints the table sorted by test Dice. With --resume,
+(uncertainty), into runs/weighting/NAME/, and prints the table sorted by validation Dice. With --resume,
 finished weightings are only tested again and an unfinished one is resumed.
 """
 
@@ -30,11 +30,10 @@ def weighting(name):
 
 
 def print_table(rows):
-    """`rows`: {name: metrics}."""
-    names = list(METRICS)
-    print(f'{"weighting":14}{"val dice":>10}' + ''.join(f'{"test " + name:>15}' for name in names))
-    for name, metrics in sorted(rows.items(), key=lambda row: -row[1]['test'].get('dice', 0)):
-        test = ''.join(f'{metrics["test"].get(key, float("nan")):15.4f}' for key in names)
+    """`rows`: {name: metrics}. Ranked by validation Dice: ranked by the test, the winner's test would flatter it."""
+    print(f'{"weighting":14}{"val dice":>10}' + ''.join(f'{"test " + name:>15}' for name in METRICS))
+    for name, metrics in sorted(rows.items(), key=lambda row: -row[1]['validation'].get('dice', 0)):
+        test = ''.join(f'{metrics["test"].get(key, {}).get("mean", float("nan")):15.4f}' for key in METRICS)
         print(f'{name:14}{metrics["validation"].get("dice", float("nan")):10.4f}{test}')
 
 

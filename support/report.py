@@ -29,12 +29,16 @@ def epoch_line(row, epochs):
     )
 
 
-def print_metrics(title, values, printed):
-    """`values`: {metric: value}; `printed`: {metric: the name to print}."""
-    print(title if values else f'{title}: no sample has a label')
-    for name, label in printed.items():
-        if name in values:
-            print(f'  {label}: {values[name]:.4f}')
+def print_test(title, test, printed):
+    """`test`: as `engine.run_test` returns it; `printed`: {metric: the name to print}."""
+    print(f'{title}; [95 % intervals over the images]' if test else f'{title}: no sample has a label')
+    for name, values in test.items():
+        mean, flips = (
+            f'{values[f"{kind}mean"]:.4f} [{values[f"{kind}interval"][0]:.3f}, {values[f"{kind}interval"][1]:.3f}]'
+            for kind in ('', 'flip_')
+        )
+        constant = f'a constant prediction {values["constant"]:.4f}'
+        print(f'  {printed[name]}: {mean}, averaged over flips {flips}, {constant}, {values["images"]} images')
 
 
 def write_metrics(metrics, path):
@@ -61,7 +65,7 @@ def write_log(history, path):
 
 
 def draw_curves(history, printed, path):
-    """A PNG of the losses and of the validation metrics against the epochs; `printed` as in `print_metrics`."""
+    """A PNG of the losses and of the validation metrics against the epochs; `printed` as in `print_test`."""
     from matplotlib.figure import Figure  # a Figure of its own needs no display and no global state
 
     epochs = [row['epoch'] for row in history]

@@ -25,6 +25,7 @@ from utils import WeightedLoss
 ROOT = Path(__file__).resolve().parent.parent
 os.environ['PYTHONPATH'] = str(ROOT)  # for the tests that start another interpreter
 torch.set_num_threads(1)  # faster for tiny networks
+CHANNELS = models.CHANNELS
 
 
 def pytest_addoption(parser):
@@ -36,16 +37,15 @@ def pytest_addoption(parser):
 @pytest.fixture(scope='session', autouse=True)
 def tiny_networks():
     """Networks of a few thousand parameters, so that a last.pt has kilobytes."""
-    original = models.CHANNELS
     models.CHANNELS = (4, 4, 8, 8, 8)
     yield
-    models.CHANNELS = original
+    models.CHANNELS = CHANNELS
 
 
 @pytest.fixture
 def full_networks(monkeypatch):
     """The networks as they are."""
-    monkeypatch.setattr(models, 'CHANNELS', (32, 64, 128, 256, 256))
+    monkeypatch.setattr(models, 'CHANNELS', CHANNELS)
 
 
 @pytest.fixture(scope='session')

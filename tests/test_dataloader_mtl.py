@@ -1,5 +1,6 @@
 """MTLDataset: what a sample is, in every process, and what is refused at the door."""
 
+import math
 import multiprocessing
 import pickle
 
@@ -15,13 +16,14 @@ import data_rechunk
 from dataloader_mtl import (
     MEAN,
     STD,
+    Mask,
     MTLDataset,
+    RandomCropFlip,
     colour_jitter,
     epoch_positions,
     normalise,
     split_batches,
     training_size,
-    training_transform,
 )
 from support.cli import InputError
 from support.hdf5 import SPLITS, create_h5, read_text
@@ -114,7 +116,7 @@ def test_images_that_stay_float_are_scaled_as_0_to_255(original_files, dtype):
     image = MTLDataset('train', root=root)[0][0]
     assert image.dtype == torch.float32
     assert image[0, 0, 0] == pytest.approx((99.5 / 255 - MEAN[0]) / STD[0])
-    transformed = MTLDataset('train', training_transform(64, 64), root=root)[0][0]
+    transformed = MTLDataset('train', RandomCropFlip(64, 64), root=root)[0][0]
     assert transformed.std() > 0.5  # not cut off at 1
 
 
@@ -215,27 +217,228 @@ def test_a_dataset_in_use_can_be_pickled(shared_data):
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
-def test_mask_and_box_move_with_the_image(shared_data):
-    def joint(image, boxes, mask):
-        # A picture of a rectangle that is its own mask and box: they must agree afterwards.
-        image[:], mask[:] = 20, 0
-        image[:, 12:40, 20:50], mask[:, 12:40, 20:50] = 220, 1
-        boxes = tv_tensors.wrap(torch.tensor([[20.0, 12.0, 50.0, 40.0]]), like=boxes)
-        return training_transform(64, 64)(image, boxes, mask)
+# ---- augmentation
 
-    dataset = MTLDataset('train', joint, root=shared_data)
+FLIP, CROP = v2.RandomHorizontalFlip(), v2.RandomResizedCrop((48, 64), scale=(0.4, 1.0), ratio=(0.8, 1.25))
+TRANSFORMS = {
+    'RandomCropFlip': RandomCropFlip(48, 64),
+    'v2, flip and crop': v2.Compose([FLIP, CROP]),
+    'v2, crop and flip': v2.Compose([CROP, FLIP]),
+    'v2, crop, then resize': v2.Compose([v2.RandomCrop(56), FLIP, v2.Resize((48, 64))]),
+}
+
+
+@pytest.fixture(params=TRANSFORMS.values(), ids=TRANSFORMS)
+def transform(request):
     torch.manual_seed(0)
-    boxes = []
-    for index in range(30):
-        image, bbox, _, mask = dataset[index]
-        assert mask.shape == (1, 64, 64) and image.shape == (3, 64, 64)
+    return request.param
+
+
+@pytest.fixture
+def drawn(data):
+    """Function that makes all images, masks and boxes of the training split those that it is given."""
+
+    def draw(image, mask, box):
+        for stem, values in ('images', image[..., None]), ('masks', mask[..., None]), ('bboxes', box):
+            with h5py.File(data / 'train' / f'{stem}.h5', 'r+') as file:
+                file[stem][...] = values
+        return data
+
+    return draw
+
+
+def test_mask_and_box_move_with_the_image(drawn, transform):
+    """A picture of a rectangle that is its own mask and box: they agree afterwards."""
+    mask = np.zeros((64, 64), 'uint8')
+    mask[18:40, 20:50] = 1
+    dataset = MTLDataset('train', transform, root=drawn(20 + 200 * mask, mask, (20, 18, 50, 40)))
+    images, boxes, _, masks = dataset[list(range(36))]
+    assert images.shape == (36, 3, 48, 64) and masks.shape == (36, 1, 48, 64)
+    known = 0
+    for image, bbox, mask in zip(images, boxes, masks):
         bright = image[0] > (image[0].min() + image[0].max()) / 2
-        assert (bright == (mask[0] == 1)).float().mean() > 0.95
+        assert (bright == (mask[0] == 1)).float().mean() > 0.99
         ys, xs = np.nonzero(mask[0].numpy())
-        found = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / 64
-        np.testing.assert_allclose(bbox, found, atol=0.03)
-        boxes.append(bbox)
-    assert torch.stack(boxes).std(dim=0).min() > 0.03  # and they do move
+        found = np.array([xs.min() / 64, ys.min() / 48, (xs.max() + 1) / 64, (ys.max() + 1) / 48])
+        if not bbox.isnan().any():
+            np.testing.assert_allclose(bbox, found, atol=0.02)
+            known += 1
+    assert known > 18 and boxes[~boxes.isnan().any(dim=1)].std(dim=0).min() > 0.03  # and they do move
+
+
+def test_mask_lies_where_the_image_does_to_a_tenth_of_a_pixel(drawn, transform):
+    """A mask resized with the mode 'nearest' lies half a pixel beside the image, to the lower right."""
+    ys, xs = np.mgrid[:64, :64] + 0.5
+    disc = ((ys - 32) ** 2 + (xs - 32) ** 2 < 13**2).astype('uint8')
+    dataset = MTLDataset('train', transform, root=drawn(200 * disc, disc, (19, 19, 45, 45)))
+    batches = [dataset[list(range(36))] for _ in range(2)]
+    images, masks = (torch.cat([getattr(batch, field) for batch in batches]) for field in ('image', 'mask'))
+    grey = images.mean(dim=1)
+    lowest, highest = (getattr(grey.flatten(1), extreme)(dim=1)[:, None, None] for extreme in ('amin', 'amax'))
+    images = (grey - lowest) / (highest - lowest)  # 1 where the disc covers a pixel
+    offset = centroid(masks[:, 0]) - centroid(images)
+    assert offset.mean(dim=0).abs().max() < 0.1 and offset.abs().max() < 0.6
+
+
+def centroid(weights):
+    """(N, H, W) -> (N, 2): y and x in pixels."""
+    weights = weights.double()
+    y, x = (torch.arange(side) + 0.5 for side in weights.shape[1:])
+    total = weights.sum(dim=(1, 2))
+    return (
+        torch.stack([(weights.sum(dim=2) * y).sum(dim=1), (weights.sum(dim=1) * x).sum(dim=1)], dim=1) / total[:, None]
+    )
+
+
+@pytest.mark.parametrize('size', [(64, 64), (48, 80), (128, 32)])
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_random_crop_flip_is_that_of_torchvision_bit_for_bit(size, dtype, layout):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (12, 3, 60, 90), dtype=torch.uint8).contiguous(memory_format=layout)
+    images = v2.functional.to_dtype(images, dtype, scale=True)
+    masks = torch.randint(0, 2, (12, 1, 60, 90), dtype=torch.uint8)
+    masks[1, :, :30], masks[5] = 255, 255
+    has_mask = torch.arange(12) != 5
+    boxes = torch.rand(12, 4).view(12, 2, 2).sort(dim=1)[0].flatten(1) * torch.tensor([90, 60, 90, 60])
+    boxes[7] = torch.nan
+    transform = RandomCropFlip(*size)
+    crops, flips = transform.draw(12, 60, 90)
+    crops[0], crops[1] = torch.tensor([[0, 0, 60, 90], [5, 0, 1, 90]])
+    assert flips.any() and not flips.all()
+    found = transform.apply(images, boxes, masks, has_mask.numpy(), crops, flips)
+    for row, (crop, flip) in enumerate(zip(crops.tolist(), flips)):
+        parts = (
+            tv_tensors.Image(images[row]),
+            tv_tensors.BoundingBoxes(boxes[row], format='XYXY', canvas_size=(60, 90), clamping_mode=None),
+            tv_tensors.Image(masks[row]),
+        )
+        modes = {'antialias': True}, {}, {'interpolation': v2.InterpolationMode.NEAREST_EXACT}
+        image, bbox, mask = (v2.functional.resized_crop(part, *crop, size, **mode) for part, mode in zip(parts, modes))
+        if flip:
+            image, bbox, mask = map(v2.functional.horizontal_flip, (image, bbox, mask))
+        assert found[0].dtype == dtype and torch.equal(found[0][row], image)
+        torch.testing.assert_close(
+            found[1][row], bbox.as_subclass(torch.Tensor)[0], equal_nan=True, atol=1e-4, rtol=1e-5
+        )
+        assert found[2].dtype == torch.uint8 and torch.equal(found[2][row], mask)
+    assert found[1][7].isnan().all() and not found[1][:7].isnan().any() and (found[2][5] == 255).all()
+
+
+def test_masks_that_are_not_known_are_not_read():
+    images, masks = torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.ones(2, 1, 64, 64, dtype=torch.uint8)
+    found = RandomCropFlip(64, 64)(images, torch.zeros(2, 4), masks, [True, False])[2]
+    assert (found[0] == 1).all() and (found[1] == 255).all()
+
+
+@pytest.mark.parametrize('image_size', [(64, 64), (256, 192), (100, 300), (300, 80)])
+def test_crops_lie_in_the_image_and_have_areas_and_ratios_of_the_ranges(image_size):
+    torch.manual_seed(0)
+    count, (height, width) = 4000, image_size
+    crops, flips = RandomCropFlip(64, 64, scale=(0.2, 0.6), ratio=(0.5, 1.5)).draw(count, height, width)
+    assert crops.dtype == torch.int64 and crops.shape == (count, 4) and flips.shape == (count,)
+    top, left, h, w = crops.T
+    assert (crops >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+    rounding = 1 / h.min() + 1 / w.min()  # relative, of a side to whole pixels
+    area, ratio = h * w / (height * width), w / h
+    assert area.min() > 0.2 * (1 - rounding) and area.max() < 0.6 * (1 + rounding)
+    assert ratio.min() > 0.5 * (1 - rounding) and ratio.max() < 1.5 * (1 + rounding)
+    # Where the crop lies, from 0 at one border to 1 at the other, and the flips.
+    for position, room in (top, height - h), (left, width - w):
+        places = (position[room > 9] / room[room > 9]).double()
+        assert abs(places.mean() - 0.5) < 0.03 and places.min() < 0.02 and places.max() > 0.98
+        assert abs(places.std() - 12**-0.5) < 0.03
+    assert abs(flips.double().mean() - 0.5) < 0.03
+    if image_size == (64, 64):  # any crop fits: uniform areas, log-uniform ratios
+        assert abs(area.double().mean() - 0.4) < 0.01 and abs(area.double().std() - 0.4 / 12**0.5) < 0.01
+        middle = (math.log(0.5) + math.log(1.5)) / 2
+        assert abs(ratio.double().log().mean() - middle) < 0.03
+
+
+def test_crops_have_the_distribution_of_torchvisions():
+    """Also where many a crop does not fit into the image and is drawn again."""
+    torch.manual_seed(0)
+    found, _ = RandomCropFlip(64, 64).draw(2000, 64, 96)
+    crop, image = v2.RandomResizedCrop(64, scale=(0.4, 1.0), ratio=(0.8, 1.25)), torch.empty(1, 64, 96)
+    drawn = [crop.make_params([image]) for _ in range(2000)]
+    expected = torch.tensor([[each[key] for key in ('top', 'left', 'height', 'width')] for each in drawn]).double()
+    for moment in torch.mean, torch.std:
+        torch.testing.assert_close(moment(found.double(), dim=0), moment(expected, dim=0), atol=0.8, rtol=0)
+
+
+def test_equal_seeds_draw_equal_batches(shared_data):
+    dataset = MTLDataset('train', RandomCropFlip(64, 64), root=shared_data)
+    batches = []
+    for seed in 1, 1, 2:
+        torch.manual_seed(seed)
+        batches.append(dataset[[0, 1, 2, 3]])
+    first, again, other = batches
+    assert all(torch.equal(one.nan_to_num(-1), two.nan_to_num(-1)) for one, two in zip(first, again))
+    assert not torch.equal(first.image, other.image)
+
+
+class Crop(RandomCropFlip):
+    """The crop of given pixels, not flipped."""
+
+    def __init__(self, top, left, height, width):
+        super().__init__(64, 64)
+        self.crop = top, left, height, width
+
+    def draw(self, count, height, width):
+        return torch.tensor([self.crop] * count), torch.zeros(count, dtype=torch.bool)
+
+    def of_v2(self, *parts):
+        return [v2.functional.resized_crop(part, *self.crop, self.size) for part in parts]
+
+
+@pytest.mark.parametrize('as_v2', [False, True])
+@pytest.mark.parametrize(
+    'left, expected',
+    [
+        (10, [10 / 40, 0.25, 1, 0.5]),  # the whole box, 20 to 50
+        (3, [17 / 40, 0.25, 1, 0.5]),  # 23 of its 30 pixels, 0.77
+        (2, None),  # 22, 0.73
+        (24, [0, 0.25, 26 / 40, 0.5]),  # 26
+        (28, None),
+        (0, None),
+    ],
+)
+def test_box_of_which_a_crop_leaves_too_little_is_dropped_and_others_end_at_its_border(drawn, as_v2, left, expected):
+    root = drawn(np.zeros((64, 64)), np.zeros((64, 64)), (20, 16, 50, 32))
+    crop = Crop(0, left, 64, 40 if left + 40 <= 64 else 64 - left)
+    bbox = MTLDataset('train', crop.of_v2 if as_v2 else crop, root=root)[0][1]
+    if expected is None:
+        assert bbox.isnan().all()
+    else:
+        expected = [x * 40 / crop.crop[3] if i % 2 == 0 else x for i, x in enumerate(expected)]
+        assert bbox.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize('transform', [lambda *parts: parts, Crop(0, 0, 64, 64)], ids=['none', 'whole'])
+def test_small_box_is_kept(drawn, transform):
+    root = drawn(np.zeros((64, 64)), np.zeros((64, 64)), (10, 10, 11, 40))
+    bbox = MTLDataset('train', transform, root=root)[0][1]
+    assert bbox.tolist() == pytest.approx([10 / 64, 10 / 64, 11 / 64, 40 / 64])
+
+
+def test_unknown_masks_and_boxes_stay_unknown_in_any_transform(data, transform):
+    masks, boxes = table(data, 'train', 'masks'), table(data, 'train', 'bboxes')
+    masks[1], boxes[2], masks[3] = 255, np.nan, 255
+    for stem, values in ('masks', masks), ('bboxes', boxes):
+        with h5py.File(data / 'train' / f'{stem}.h5', 'r+') as file:
+            file[stem][...] = values
+    data_rechunk.rechunk_file(data / 'train' / 'masks.h5', force=True)
+    _, boxes, _, masks = MTLDataset('train', transform, root=data)[[0, 1, 2, 3]]
+    assert masks.isnan().flatten(1).all(dim=1).tolist() == [False, True, False, True]
+    assert ((masks[0] == 0) | (masks[0] == 1)).all() and boxes[2].isnan().all()
+
+
+def test_mask_is_resized_as_the_image_for_all_sizes_that_torchvision_takes():
+    image, mask = tv_tensors.Image(torch.zeros(3, 40, 60)), Mask(torch.ones(1, 40, 60, dtype=torch.uint8))
+    for resize in v2.Resize(64), v2.Resize([64]), v2.Resize((32, 48)), v2.Resize(None, max_size=80), v2.Resize(40):
+        resized = resize(image, mask)
+        assert resized[1].shape[1:] == resized[0].shape[1:] and type(resized[1]) is Mask
+    assert type(v2.functional.rotate(mask, 30)) is Mask  # what is not resized, torchvision does as ever
 
 
 def test_a_box_that_leaves_the_picture_becomes_unknown(shared_data):
@@ -246,13 +449,7 @@ def test_a_box_that_leaves_the_picture_becomes_unknown(shared_data):
     assert bbox.shape == (4,) and bbox.isnan().all()
 
 
-def test_a_small_box_is_dropped_by_augmentation_alone(data):
-    boxes = table(data, 'train', 'bboxes')
-    boxes[0] = 10, 10, 11, 40
-    with h5py.File(data / 'train' / 'bboxes.h5', 'a') as file:
-        file['bboxes'][...] = boxes
-    assert not MTLDataset('train', root=data)[0][1].isnan().any()
-    assert MTLDataset('train', lambda *parts: parts, root=data)[0][1].isnan().all()
+# ---- batches and pixels
 
 
 def test_batched_reading_equals_reading_one_by_one(data):
@@ -316,15 +513,6 @@ def test_normalise_is_that_of_torchvision_in_both_layouts(layout, dtype):
 def test_jitter_reaches_the_samples(shared_data):
     plain, changed = (MTLDataset('test', root=shared_data, jitter=jitter)[0][0] for jitter in (0, 0.3))
     assert not torch.allclose(plain, changed, atol=0.01)
-
-
-def test_augmentation_is_seeded(shared_data):
-    dataset = MTLDataset('train', training_transform(64, 64), root=shared_data)
-    samples = []
-    for seed in 1, 1, 2:
-        torch.manual_seed(seed)
-        samples.append(dataset[0][0])
-    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
 
 
 @pytest.mark.parametrize('name', ['', 'a\x1b[2J', 'a' * 101, b'caf\xe9'])
@@ -412,18 +600,32 @@ def test_a_breed_out_of_range_is_refused(data):
         MTLDataset('train', root=data)
 
 
-def test_a_mask_with_other_values_is_refused(data):
-    with h5py.File(data / 'train' / 'masks.h5', 'a') as file:
-        file['masks'][2, 5, 5] = 7
-    with pytest.raises(InputError, match='masks.h5: sample 2 holds 7'):
-        MTLDataset('train', root=data)
+def test_opening_reads_no_mask(data):
+    path = data / 'train' / 'masks.h5'
+    with h5py.File(path, 'r+') as file:
+        file['masks'][3:5] = 255
+    data_rechunk.rechunk_file(path, force=True, checksums=True)
+    with h5py.File(path) as file:
+        dataset = file['masks'].id
+        offsets = [dataset.get_chunk_info(number).byte_offset for number in range(dataset.get_num_chunks())]
+    with open(path, 'r+b') as file:
+        for offset in offsets:
+            file.seek(offset)
+            file.write(b'damaged')
+    dataset = MTLDataset('train', root=data)
+    assert np.flatnonzero(~dataset.labelled['mask']).tolist() == [3, 4]
+    with pytest.raises(InputError, match='masks.h5: sample 0 is damaged'):
+        dataset[0]
 
 
-def test_masks_of_0_and_255_are_refused(data):
-    with h5py.File(data / 'train' / 'masks.h5', 'a') as file:
-        file['masks'][...] = file['masks'][()] * 255
-    with pytest.raises(InputError, match='holds 0 and 255 but no 1'):
+def test_files_rechunked_before_known_masks_were_recorded_ask_to_run_data_rechunk(data):
+    path = data / 'train' / 'masks.h5'
+    with h5py.File(path, 'r+') as file:
+        del file['known_masks']
+    with pytest.raises(InputError, match='masks.h5: not as data_rechunk.py stores it; run python data_rechunk.py'):
         MTLDataset('train', root=data)
+    data_rechunk.rechunk(data)
+    assert MTLDataset('train', root=data).labelled['mask'].all()
 
 
 def test_images_scaled_to_one_are_refused(original_files):

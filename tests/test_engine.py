@@ -1,4 +1,4 @@
-"""Training and evaluation."""
+"""Training."""
 
 import csv
 import json
@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import read_checkpoints, read_folder, same_bits, train, training_options
 from PIL import Image
-from torch.utils.data import Subset
 
 import data_rechunk
 import engine
+import evaluation
 import train_mtl
 from dataloader_mtl import MTLDataset, Sample
-from models import MTLNet, Outputs, UNet, load_model
+from models import MTLNet, UNet, load_model
 from support.checkpoint import TRAINING_FORMAT, load_checkpoint
 from support.cli import InputError
 from support.device import seed_everything
@@ -26,63 +26,6 @@ from utils import METRICS, UncertaintyLoss, WeightedLoss
 
 CPU = torch.device('cpu')
 OFTEN = ('--checkpoint-minutes', '1e-9')  # a checkpoint after each step
-
-# ---- evaluation
-
-
-class Oracle(torch.nn.Module):
-    """Predicts `predict(*sample)` for each image, whichever batch the image comes in."""
-
-    def __init__(self, dataset, predict):
-        super().__init__()
-        self.samples = [dataset[i] for i in range(len(dataset))]
-        self.predict = predict
-
-    def forward(self, images, decode=None):
-        found = [next(s for s in self.samples if torch.equal(s.image, image)) for image in images]
-        label, mask, bbox = (torch.stack(parts) for parts in zip(*(self.predict(*sample) for sample in found)))
-        return Outputs(label, mask[decode] if decode.any() else None, bbox)
-
-
-def perfect(image, bbox, label, mask):
-    return torch.eye(8)[label], (mask - 0.5) * 20, bbox
-
-
-def imperfect(image, bbox, label, mask):
-    """A guess from the image alone."""
-    box = torch.tensor([0.2, 0.1, 0.7, 0.6]) + image.mean() / 20
-    return torch.eye(8)[int(image.std() * 100) % 8], image.mean(dim=0, keepdim=True), box
-
-
-@pytest.mark.parametrize('batch_size', [1, 5, 32])
-def test_perfect_prediction_scores_exactly_one(shared_data, batch_size):
-    dataset = MTLDataset('test', root=shared_data)
-    metrics = engine.evaluate(Oracle(dataset, perfect), dataset, CPU, batch_size)
-    assert {name: metrics[name] for name in METRICS} == dict.fromkeys(METRICS, 1)
-
-
-def test_metrics_do_not_depend_on_the_batch_size(shared_data):
-    """Also with labels missing, so that batches hold different numbers of them."""
-    dataset = MTLDataset('train', root=shared_data)
-    dataset.bboxes[::3] = math.nan
-    dataset.labelled['box'][::3] = False
-    dataset.labels[1::4] = -1
-    first, *others = (engine.evaluate(Oracle(dataset, imperfect), dataset, CPU, size) for size in (1, 7, 32))
-    assert 0 < first['dice'] < 1 and 0 < first['box_iou'] < 1
-    for other in others:
-        assert {name: other[name] for name in METRICS} == {name: first[name] for name in METRICS}
-        assert other == pytest.approx(first, rel=1e-6)
-
-
-def test_evaluation_is_in_evaluation_mode_and_restores_the_mode(shared_data):
-    part = Subset(MTLDataset('test', root=shared_data), range(6))
-    model = MTLNet(n_classes=8).train()
-    first = engine.evaluate(model, part, CPU)
-    assert model.training
-    assert first == engine.evaluate(model, part, CPU)
-
-
-# ---- training
 
 
 def test_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
@@ -92,6 +35,10 @@ def test_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [row['epoch'] for row in rows] == ['1', '2'] and float(rows[1]['val_dice']) > 0
     assert json.loads((tmp_path / 'metrics.json').read_text()) == metrics
+    assert metrics['test'].keys() == METRICS.keys()
+    for values in metrics['test'].values():
+        assert values.keys() == {'images', 'mean', 'interval', 'flip_mean', 'flip_interval', 'constant'}
+        assert values['interval'][0] <= values['mean'] <= values['interval'][1] and values['images'] == 12
     assert metrics['data']['test'] == {'images': 12, 'class': 12, 'mask': 12, 'box': 12}
     assert metrics['config']['seed'] == 0 and 'torch' in metrics['versions']
     assert Image.open(tmp_path / 'curves.png').size[0] > 600
@@ -102,17 +49,19 @@ def test_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
 
 
 def test_epoch_with_the_best_validation_dice_is_tested_once(shared_data, tmp_path, monkeypatch):
-    scores, evaluated, weights, original = iter([0.3, 0.9, 0.5, 0.7]), [], [], engine.evaluate
+    scores, scored, weights, original = iter([0.3, 0.9, 0.5, 0.7]), [], [], evaluation.score
 
-    def evaluate(model, part, *args, **kw):
-        evaluated.append(part.dataset.folder.name)
-        weights.append(next(model.parameters()).detach().clone())
-        metrics = original(model, part, *args, **kw)
-        return metrics | {'dice': next(scores)} if evaluated[-1] == 'val' else metrics
+    def score(model, part, *args, **kw):
+        split, kind = part.dataset.folder.name, type(model).__name__
+        scored.append((split, kind))
+        values, losses = original(model, part, *args, **kw)
+        if kind == 'MTLNet':
+            weights.append(next(model.parameters()).detach().half())
+        return values | ({'dice': [next(scores)]} if split == 'val' else {}), losses
 
-    monkeypatch.setattr(engine, 'evaluate', evaluate)
+    monkeypatch.setattr(evaluation, 'score', score)
     metrics = train(shared_data, tmp_path, '--epochs', 4, '--limit-batches', 1)
-    assert evaluated == ['val'] * 4 + ['test']
+    assert scored == [('val', 'MTLNet')] * 4 + [('test', name) for name in ('MTLNet', 'FlipAveraged', 'ConstantNet')]
     assert metrics['best_epoch'] == 2 and metrics['validation']['dice'] == 0.9
     assert torch.equal(weights[4], weights[1]) and not torch.equal(weights[4], weights[3])
 
@@ -150,8 +99,12 @@ def test_uncertainty_weights_are_learned(shared_data, tmp_path):
 def test_task_without_weight_gives_no_gradient(shared_data, tmp_path):
     train(shared_data, tmp_path, '--epochs', 1, weighting=WeightedLoss({'mask': 1, 'class': 1, 'box': 0}))
     state = load_checkpoint(tmp_path / 'last.pt', TRAINING_FORMAT)['optimizer']['state']
-    matrices = [name for name, p in MTLNet(n_classes=8).named_parameters() if p.ndim > 1]
-    for index, name in enumerate(matrices):
+    model, weighting = MTLNet(n_classes=8), WeightedLoss.equal(MTLNet.tasks)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = engine.make_optimizer(model, weighting, 1, 1).param_groups
+    order = [names[id(parameter)] for group in groups for parameter in group['params']]
+    assert sorted(order) == sorted(names.values())
+    for index, name in enumerate(order):
         assert bool(state[index]['exp_avg'].any()) == (not name.startswith('box_head')), name
 
 
@@ -168,11 +121,27 @@ def test_batch_that_lost_its_labels_in_a_crop_has_a_zero_gradient(network):
 @pytest.mark.parametrize('steps', range(1, 8))
 def test_any_number_of_steps_has_a_schedule(shared_data, steps):
     dataset = MTLDataset('test', root=shared_data)
-    run = engine.Run(UNet, WeightedLoss.equal(UNet.tasks), dataset, steps, 0.003, CPU)
+    run = engine.Run(UNet(), WeightedLoss.equal(UNet.tasks), dataset, steps, 0.003, 0.001, CPU)
     for _ in range(steps):
         run.optimizer.step()
         run.schedule.step()
-    assert 0 < run.schedule.get_last_lr()[0] <= 0.003
+    *encoder, _, _ = run.schedule.get_last_lr()
+    assert len(encoder) == 2 and all(0 < rate <= 0.001 for rate in encoder)
+    assert run.schedule.get_last_lr()[2] == pytest.approx(3 * encoder[0])
+
+
+@pytest.mark.parametrize('network', [MTLNet, UNet])
+def test_encoder_has_a_learning_rate_of_its_own_and_only_weights_decay(network):
+    model, weighting = network(n_classes=3), UncertaintyLoss(network.tasks)
+    found = {}
+    for group in engine.make_optimizer(model, weighting, 0.003, 0.001).param_groups:
+        for parameter in group['params']:
+            assert id(parameter) not in found
+            found[id(parameter)] = group['lr'], group['weight_decay'] > 0
+    expected = {id(p): (0.003, False) for p in weighting.parameters()}
+    for name, p in model.named_parameters():
+        expected[id(p)] = 0.001 if name.startswith('encoder.') else 0.003, p.ndim > 1
+    assert found == expected
 
 
 # ---- losses and weights that are not finite
@@ -275,6 +244,7 @@ def test_sizes_that_the_networks_cannot_take_are_refused(original_files, tmp_pat
 def test_split_without_labels_of_a_task_trains(data, tmp_path, split, stem, value, network):
     with h5py.File(data / split / f'{stem}.h5', 'r+') as file:
         file[stem][:] = np.full(file[stem].shape, value, file[stem].dtype)
+    data_rechunk.rechunk_file(data / split / f'{stem}.h5', force=True)  # which masks are known is recorded anew
     metrics = train(data, tmp_path / 'run', '--epochs', 1, '--limit-batches', 1, network=network)
     name = {'masks': 'dice', 'bboxes': 'box_iou', 'breeds': 'accuracy'}[stem]
     assert (name in metrics['validation']) == (split != 'val')

@@ -24,6 +24,7 @@ from conftest import (
 
 import data_rechunk
 import engine
+import evaluation
 import train_mtl
 from dataloader_mtl import MTLDataset
 from models import MTLNet
@@ -85,7 +86,7 @@ def test_resume_is_bit_exact(shared_data, tmp_path, monkeypatch):
 
 def test_signal_during_evaluation_loses_no_step(shared_data, finished_run, tmp_path, monkeypatch):
     """It ends the evaluation after the batch."""
-    evaluated, forward, loader = [], engine.forward, engine.evaluation_loader
+    evaluated, forward, loader = [], evaluation.forward, evaluation.evaluation_loader
 
     def signal_in_evaluation(model, batch):
         if not model.training:
@@ -94,8 +95,8 @@ def test_signal_during_evaluation_loses_no_step(shared_data, finished_run, tmp_p
         return forward(model, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, 'forward', signal_in_evaluation)
-        patch.setattr(engine, 'evaluation_loader', lambda part, size, workers: loader(part, 4, workers))
+        patch.setattr(evaluation, 'forward', signal_in_evaluation)
+        patch.setattr(evaluation, 'evaluation_loader', lambda part, size, workers: loader(part, 4, workers))
         with pytest.raises(Stopped, match='in epoch 1, after 3 steps') as stopped:
             train(shared_data, tmp_path)
     assert stopped.value.status == 130 and evaluated == [4]
@@ -200,7 +201,9 @@ def test_resume_on_other_files_made_elsewhere_is_refused(original_files, tmp_pat
 
 def test_resume_with_other_options_is_refused_with_the_differences(shared_data, finished_run, tmp_path):
     (tmp_path / 'last.pt').write_bytes((finished_run / 'last.pt').read_bytes())
-    with pytest.raises(InputError, match='another configuration, lr was 0.003 and is 0.1; use the same options'):
+    lr = engine.training_parser('', out='').get_default('lr')
+    message = f'another configuration, lr was {lr} and is 0.1, encoder_lr was {lr} and is 0.1; use the same options'
+    with pytest.raises(InputError, match=message):
         train(shared_data, tmp_path, '--lr', '0.1', '--resume')
     with pytest.raises(InputError, match='last.pt: no such file'):
         train(shared_data, tmp_path / 'new', '--resume')

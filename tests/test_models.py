@@ -2,9 +2,21 @@
 
 import pytest
 import torch
+from conftest import ROOT, same_bits
 
 import models
-from models import AblatedNet, AblatedNet2, BoxHead, MTLNet, UNet, load_model, model_content
+from models import (
+    NETWORKS,
+    AblatedNet,
+    AblatedNet2,
+    BoxHead,
+    FlipAveraged,
+    MTLNet,
+    Outputs,
+    UNet,
+    load_model,
+    model_content,
+)
 from support.checkpoint import MODEL_FORMAT, TRAINING_FORMAT, load_checkpoint, save_checkpoint
 from support.cli import InputError
 
@@ -65,7 +77,7 @@ def test_box_can_lie_in_any_corner():
         torch.zeros(1, channels, 256 // 2**level, 256 // 2**level)
         for level, channels in enumerate(models.CHANNELS, start=1)
     ]
-    head = BoxHead()
+    head = BoxHead(models.CHANNELS)
     for (y1, x1), (y2, x2) in [((0, 0), (1, 1)), ((15, 15), (14, 14)), ((0, 15), (1, 14))]:
         maps = torch.full((1, 2, 16, 16), -50.0)
         maps[0, 0, y1, x1] = maps[0, 1, y2, x2] = 50
@@ -139,6 +151,39 @@ def test_other_numbers_of_channels_and_classes():
     assert outputs.mask.shape == (2, 2, 64, 64) and outputs.label.shape == (2, 5)
 
 
+# ---- averaged over flips
+
+
+def unflip(outputs):
+    """What the outputs for mirrored images say about the images."""
+    mask, bbox = outputs.mask, outputs.bbox
+    if bbox is not None:
+        xmin, ymin, xmax, ymax = bbox.unbind(dim=1)
+        bbox = torch.stack([1 - xmax, ymin, 1 - xmin, ymax], dim=1)
+    return Outputs(outputs.label, mask if mask is None else mask.flip(-1), bbox)
+
+
+@pytest.mark.parametrize('decode', [None, [True, False, True], [False] * 3], ids=['all', 'some', 'none'])
+@pytest.mark.parametrize('network', NETWORKS.values())
+def test_outputs_averaged_over_flips_are_means_and_mirrored_with_the_images(network, decode):
+    torch.manual_seed(0)
+    model, images = network(n_classes=4).eval(), torch.randn(3, 3, 64, 80)
+    decode = decode if decode is None else torch.tensor(decode)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)  # so that the outputs for an image and its mirror image differ
+        found, mirrored = (FlipAveraged(model)(x, decode) for x in (images, images.flip(-1)))
+        one, two = model(images, decode), unflip(model(images.flip(-1), decode))
+    for value, same in zip(found, unflip(mirrored)):
+        assert value is same is None or torch.allclose(value, same, atol=1e-6)
+    for value, a, b, scale in zip(found, one, two, (lambda logits: logits.softmax(dim=1), torch.sigmoid, lambda x: x)):
+        if value is None:
+            assert a is b is None
+        else:
+            assert (a - b).abs().max() > 1e-3
+            torch.testing.assert_close(scale(value), (scale(a) + scale(b)) / 2, atol=3e-6, rtol=1e-5)
+
+
 # ---- model files
 
 NAMES = ['a cat', 'b dog']
@@ -158,8 +203,41 @@ def test_model_file_rebuilds_its_model(tmp_path, network):
     loaded, images = load_model(tmp_path / 'model.pt'), torch.randn(1, 3, 64, 80)
     assert type(loaded) is network and not loaded.training
     assert loaded.class_names == NAMES and loaded.image_size == (64, 80)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half() if parameter.ndim > 1 else parameter)
     for one, two in zip(model(images), loaded(images)):
         assert one is two is None or torch.equal(one, two)
+
+
+def test_model_file_holds_weights_in_half_precision_and_the_rest_as_it_is(tmp_path, full_networks):
+    torch.manual_seed(0)
+    model, path = MTLNet(n_classes=2), tmp_path / 'model.pt'
+    model(torch.randn(2, 3, 64, 64))  # gives the BatchNorms statistics
+    save_checkpoint(path, model_content(model, NAMES, (64, 64)))
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert 0.5 < path.stat().st_size / size < 0.55
+    parameters, loaded = dict(model.named_parameters()), load_model(path).state_dict()
+    for name, tensor in model.state_dict().items():
+        rounded = name in parameters and tensor.ndim > 1
+        assert loaded[name].dtype == tensor.dtype != torch.float16
+        assert torch.equal(loaded[name], tensor.half().float() if rounded else tensor), name
+
+
+def test_model_file_from_before_encoders_had_names_is_read(model_path):
+    """Its weights are in single precision, as in the model."""
+    model = MTLNet(n_classes=2)
+    content = load_checkpoint(model_path, MODEL_FORMAT) | {'weights': model.state_dict()}
+    assert content.pop('encoder') == 'unet'
+    save_checkpoint(model_path, content)
+    assert same_bits(dict(load_model(model_path).state_dict()), dict(model.state_dict()))
+
+
+def test_model_file_of_the_repository_is_read(full_networks):
+    model = load_model(ROOT / 'mtl_model.pt')
+    images = torch.zeros(1, 3, *model.image_size)
+    assert type(model) is MTLNet and all(each.isfinite().all() for each in model(images))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_model_content_keeps_its_weights_while_the_model_trains():

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from support.cli import InputError
-from support.report import draw_curves, epoch_line, print_metrics, write_log, write_metrics
+from support.report import draw_curves, epoch_line, print_test, write_log, write_metrics
 
 PRINTED = {'dice': 'Dice Score', 'accuracy': 'Accuracy'}
 FIRST = {'epoch': 1, 'train_loss_mask': 0.75, 'val_dice': 0.5, 'val_loss_mask': 0.8}
@@ -23,10 +23,16 @@ def test_epoch_line_has_losses_metrics_and_speed():
     )
 
 
-def test_metrics_are_printed_by_their_names(capsys):
-    print_metrics('Test', {'accuracy': 0.25}, PRINTED)
-    print_metrics('Test', {}, PRINTED)
-    assert capsys.readouterr().out == 'Test\n  Accuracy: 0.2500\nTest: no sample has a label\n'
+def test_test_metrics_are_printed_by_their_names(capsys):
+    values = {'mean': 0.25, 'interval': [0.2, 0.3], 'flip_mean': 0.26, 'flip_interval': [0.21, 0.31]}
+    print_test('Test', {'accuracy': values | {'constant': 0.125, 'images': 8}}, PRINTED)
+    print_test('Test', {}, PRINTED)
+    assert capsys.readouterr().out == (
+        'Test; [95 % intervals over the images]\n'
+        '  Accuracy: 0.2500 [0.200, 0.300], averaged over flips 0.2600 [0.210, 0.310], a constant prediction 0.1250, '
+        '8 images\n'
+        'Test: no sample has a label\n'
+    )
 
 
 def test_log_has_a_row_for_each_epoch_and_empty_cells(tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import json
 import runpy
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import train_mtl
 from dataloader_mtl import MTLDataset
 from models import load_model
 from support.cli import InputError
+from utils import METRICS
 
 SOURCES = {
     path.stem if path.parent == ROOT else f'support.{path.stem}': ast.parse(path.read_text())
@@ -38,7 +40,9 @@ MAINS = (
 LEVELS = (
     ('synthetic_pets',),
     ('data_rechunk', 'data_prepare'),
-    ('dataloader_mtl', 'models', 'utils'),
+    ('dataloader_mtl', 'utils'),
+    ('models',),
+    ('evaluation',),
     ('engine',),
     ('train_mtl', 'train_baseline', 'train_ablation', 'mtl_vis'),
     ('oeq_weighting',),
@@ -74,6 +78,7 @@ import sys
 import support.cli, support.files, support.hdf5, synthetic_pets, data_rechunk, data_prepare
 assert 'torch' not in sys.modules
 import {', '.join(SOURCES)}
+assert 'timm' not in sys.modules
 """
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == done.stderr == '' and not list(tmp_path.iterdir()), done.stderr
@@ -145,13 +150,30 @@ def test_baseline_has_the_mask_alone(shared_data, tmp_path, capsys):
     assert 'Dice Score - Segmentation' in printed and 'Accuracy' not in printed
 
 
-def test_all_weightings_run_and_the_table_is_sorted_by_test_dice(shared_data, tmp_path, capsys):
+def test_all_weightings_run_and_the_table_is_sorted_by_validation_dice(shared_data, tmp_path, capsys):
     oeq_weighting.main(training_options(shared_data, tmp_path, *QUICK))
     rows = [line.split() for line in capsys.readouterr().out.split('weighting  ')[1].splitlines()[1:]]
     names = ['equal', '80-10-10', '70-15-15', '50-25-25', '25-50-25', '25-25-50', 'uncertainty']
     assert sorted(row[0] for row in rows) == sorted(names) == sorted(path.name for path in tmp_path.iterdir())
-    dice = [float(row[2]) for row in rows]
+    for name, *numbers in rows:
+        metrics = json.loads((tmp_path / name / 'metrics.json').read_text())
+        expected = [metrics['validation']['dice'], *(metrics['test'][key]['mean'] for key in METRICS)]
+        assert [float(number) for number in numbers] == pytest.approx(expected, abs=1e-4)
+    dice = [float(row[1]) for row in rows]
     assert dice == sorted(dice, reverse=True)
+
+
+def test_weightings_are_ranked_by_validation_dice_whatever_the_test_says(capsys):
+    rows = {
+        'first': {'validation': {'dice': 0.9}, 'test': {'dice': {'mean': 0.1}, 'accuracy': {'mean': 0.2}}},
+        'second': {'validation': {'dice': 0.8}, 'test': {'dice': {'mean': 0.7}}},
+        'third': {'validation': {'dice': 0.7}, 'test': {'dice': {'mean': 0.4}}},
+        'without masks': {'validation': {}, 'test': {}},
+    }
+    oeq_weighting.print_table(dict(sorted(rows.items(), key=lambda row: row[0], reverse=True)))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line[:14].strip() for line in lines] == list(rows)
+    assert lines[0].split()[1:] == ['0.9000', '0.1000', 'nan', '0.2000', 'nan']
 
 
 def test_one_weighting_runs_when_asked(shared_data, tmp_path):

@@ -1,0 +1,131 @@
+"""Metrics of a network on a split, over flips, and of a constant prediction."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.data import Subset
+from torchvision.ops import box_iou
+
+import evaluation
+from dataloader_mtl import MTLDataset, Sample, load_splits
+from models import MTLNet, Outputs, UNet
+from utils import METRICS, bootstrap_interval
+
+CPU = torch.device('cpu')
+
+
+class Oracle(torch.nn.Module):
+    """Predicts `predict(*sample)` for each image or its mirror image, whichever batch the image comes in."""
+
+    def __init__(self, dataset, predict):
+        super().__init__()
+        self.samples = [dataset[i] for i in range(len(dataset))]
+        self.predict = predict
+
+    def find(self, image):
+        for sample in self.samples:
+            if torch.equal(sample.image, image):
+                return sample
+            if torch.equal(sample.image.flip(-1), image):
+                return mirrored(*sample)
+
+    def forward(self, images, decode=None):
+        found = [self.find(image) for image in images]
+        label, mask, bbox = (torch.stack(parts) for parts in zip(*(self.predict(*sample) for sample in found)))
+        return Outputs(label, mask[decode] if decode.any() else None, bbox)
+
+
+def mirrored(image, bbox, label, mask):
+    xmin, ymin, xmax, ymax = bbox
+    return Sample(image.flip(-1), torch.stack([1 - xmax, ymin, 1 - xmin, ymax]), label, mask.flip(-1))
+
+
+def perfect(image, bbox, label, mask):
+    return torch.eye(8)[label], (mask - 0.5) * 20, bbox
+
+
+def imperfect(image, bbox, label, mask):
+    """A guess from the image alone."""
+    box = torch.tensor([0.2, 0.1, 0.7, 0.6]) + image.mean() / 20
+    return torch.eye(8)[int(image.std() * 100) % 8], image.mean(dim=0, keepdim=True), box
+
+
+@pytest.mark.parametrize('batch_size', [1, 5, 32])
+def test_perfect_prediction_scores_exactly_one(shared_data, batch_size):
+    dataset = MTLDataset('test', root=shared_data)
+    metrics = evaluation.evaluate(Oracle(dataset, perfect), dataset, CPU, batch_size=batch_size)
+    assert {name: metrics[name] for name in METRICS} == dict.fromkeys(METRICS, 1)
+
+
+def test_metrics_do_not_depend_on_the_batch_size(shared_data):
+    """Also with labels missing, so that batches hold different numbers of them."""
+    dataset = MTLDataset('train', root=shared_data)
+    dataset.bboxes[::3] = math.nan
+    dataset.labelled['box'][::3] = False
+    dataset.labels[1::4] = -1
+    model = Oracle(dataset, imperfect)
+    first, *others = (evaluation.evaluate(model, dataset, CPU, batch_size=size) for size in (1, 7, 32))
+    assert 0 < first['dice'] < 1 and 0 < first['box_iou'] < 1
+    for other in others:
+        assert {name: other[name] for name in METRICS} == {name: first[name] for name in METRICS}
+        assert other == pytest.approx(first, rel=1e-6)
+
+
+def test_evaluation_is_in_evaluation_mode_and_restores_the_mode(shared_data):
+    part = Subset(MTLDataset('test', root=shared_data), range(6))
+    model = MTLNet(n_classes=8).train()
+    first = evaluation.evaluate(model, part, CPU)
+    assert model.training
+    assert first == evaluation.evaluate(model, part, CPU)
+
+
+def test_test_metrics_are_of_the_model_of_its_flips_and_of_a_constant_prediction(data):
+    """The constant prediction: the commonest class, the mean box, pet everywhere."""
+    splits = load_splits(data, MTLNet.tasks)
+    train_set, test_set = splits['train'].dataset, splits['test'].dataset
+    train_set.labels[:12], train_set.labels[12:32] = 5, -1
+    train_set.bboxes[:], train_set.bboxes[30:33] = (8, 4, 40, 20), (16, 4, 48, 20)
+    train_set.bboxes[33:] = math.nan
+    test_set.labels[:] = [5, 5, 5, 1, 2, 3, 5, -1, 4, 0, -1, -1]
+    model = Oracle(test_set, imperfect)
+    model.class_names = test_set.class_names
+    found = evaluation.run_test(model, splits, CPU)
+    plain, _ = evaluation.score(model, splits['test'], CPU)
+    assert {name: values['images'] for name, values in found.items()} == {
+        'dice': 12,
+        'mask_iou': 12,
+        'accuracy': 9,
+        'box_iou': 12,
+    }
+    masks = torch.stack([sample.mask for sample in model.samples])
+    area = masks.mean(dim=(1, 2, 3), dtype=torch.float64)
+    box = torch.tensor([[8 + 8 * 3 / 33, 4, 40 + 8 * 3 / 33, 20]]) / 64
+    boxes = torch.stack([sample.bbox for sample in model.samples])
+    constant = {
+        'dice': (2 * area / (1 + area)).mean(),
+        'mask_iou': area.mean(),
+        'accuracy': 4 / 9,
+        'box_iou': box_iou(box, boxes).mean(),
+    }
+    for name, values in found.items():
+        assert values['mean'] == pytest.approx(sum(plain[name]) / len(plain[name]), rel=1e-9)
+        assert values['interval'] == bootstrap_interval(plain[name])
+        assert values['constant'] == pytest.approx(float(constant[name]), rel=1e-5), name
+        assert values['flip_interval'][0] <= values['flip_mean'] <= values['flip_interval'][1]
+    # Of `imperfect`, mirroring the image mirrors the mask, and not the box.
+    assert found['dice']['flip_mean'] == pytest.approx(found['dice']['mean'], rel=1e-6)
+    shift = torch.stack([sample.image.mean() for sample in model.samples]) / 20
+    edges = torch.full_like(shift, 0.25), 0.1 + shift, torch.full_like(shift, 0.75), 0.6 + shift
+    expected = box_iou(torch.stack(edges, dim=1), boxes).diagonal().mean()
+    assert found['box_iou']['flip_mean'] == pytest.approx(float(expected), rel=1e-5)
+    assert abs(found['box_iou']['flip_mean'] - found['box_iou']['mean']) > 1e-4
+
+
+def test_tasks_without_labels_have_no_test_metrics(data):
+    splits = load_splits(data, UNet.tasks)
+    splits['test'].dataset.labels[:] = -1
+    splits['test'].dataset.bboxes[:] = splits['train'].dataset.bboxes[:] = math.nan
+    model = MTLNet(n_classes=8)
+    model.class_names = splits['test'].dataset.class_names
+    assert evaluation.run_test(model, splits, CPU).keys() == {'dice', 'mask_iou'}
