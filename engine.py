@@ -61,7 +61,7 @@ def training_parser(description, out):
     add('--encoder', default='unet', metavar='NAME', help=encoder_help)
     weights_help = "of a timm encoder at the start: 'imagenet' (default), 'none' or a file of weights"
     add('--encoder-weights', metavar='WEIGHTS', help=weights_help)
-    lr_help = 'of the encoder (default: --lr, a third of it for an encoder with weights)'
+    lr_help = 'of the encoder (default: --lr, a fifth of it for an encoder with weights)'
     add('--encoder-lr', type=positive_number, metavar='LR', help=lr_help)
     add('--seed', type=whole_number(0), default=0, help='random seed of the run (default: %(default)s)')
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='where to train (default: %(default)s)')
@@ -358,9 +358,12 @@ def train(network, weighting, args):
         steps = steps_per_epoch(positions, args.batch_size)
         checkpoint = on_main_process(lambda: find_checkpoint(out, args.resume))
         encoder_weights = choose_weights(args.encoder, args.encoder_weights)
-        encoder_lr = args.encoder_lr or (args.lr if encoder_weights == 'none' else args.lr / 3)
+        pretrained = encoder_weights != 'none'
+        encoder_lr = args.encoder_lr or (args.lr / 5 if pretrained else args.lr)
         weights = 'none' if checkpoint else encoder_weights
         model = network(n_classes=len(train_set.class_names), encoder=args.encoder, encoder_weights=weights)
+        if pretrained:
+            model.encoder.freeze_shallow()
         run = Run(model, weighting, train_set, steps * args.epochs, args.lr, encoder_lr, device)
         # Tells files that were made elsewhere, which have no preparation, from others.
         labels_checksum = zlib.crc32(train_set.labels.tobytes() + train_set.bboxes.tobytes())
@@ -389,7 +392,8 @@ def train(network, weighting, args):
         check = stop.check if get_world_size() == 1 else lambda: None
         try:
             for epoch in range(len(run.history) + 1, args.epochs + 1):
-                train_set.transform = RandomCropFlip(*training_size(epoch, args.epochs, train_set.image_size))
+                size = training_size(epoch, args.epochs, train_set.image_size, pretrained)
+                train_set.transform = RandomCropFlip(*size)
                 seed_everything(args.seed, epoch)
                 order = positions[torch.randperm(len(positions))]
                 batches = EpochBatches(splits['train'], split_batches(order, args.batch_size), args.seed, epoch)

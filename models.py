@@ -90,6 +90,24 @@ class TimmEncoder(nn.Module):
                 if isinstance(child, nn.Conv2d) and is_slow_in_bfloat16(child):
                     setattr(module, child_name, Float32(child))
 
+    def freeze_shallow(self):
+        """Freeze the layers that lead to the features at /4, their BatchNorm statistics too.
+
+        Edges and colours are alike in all photographs, and these layers take a third of a training step.
+        """
+        parameters = list(self.features.parameters())
+        shallow = self.features.eval()(torch.zeros(1, 3, 64, 64))[1]
+        gradients = torch.autograd.grad(shallow.sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.requires_grad_(gradient is None)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.features.modules():
+            if any(not parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                module.eval()
+        return self
+
     def forward(self, x):
         return self.features(torch.addcmul(self.offset, x, self.scale))
 

@@ -75,10 +75,10 @@ CONTENDERS = {
     'masks': Contender('ours, masks alone', UNet, ours=True),
     'tasks': Contender('ours, all tasks', MTLNet, MTLNet.tasks, ours=True),
     'masks-imagenet': Contender(
-        'ours, masks alone, ImageNet encoder', partial(UNet, **IMAGENET), ours=True, encoder_share=1 / 3
+        'ours, masks alone, ImageNet encoder', partial(UNet, **IMAGENET), ours=True, encoder_share=1 / 5
     ),
     'tasks-imagenet': Contender(
-        'ours, all tasks, ImageNet encoder', partial(MTLNet, **IMAGENET), MTLNet.tasks, ours=True, encoder_share=1 / 3
+        'ours, all tasks, ImageNet encoder', partial(MTLNet, **IMAGENET), MTLNet.tasks, ours=True, encoder_share=1 / 5
     ),
 }
 
@@ -98,7 +98,8 @@ def size_steps(contender, steps, image_size):
     """{image size: how many of the steps}, in order."""
     if contender.study:
         return {image_size: steps}
-    return Counter(training_size(step, steps, image_size) for step in range(1, steps + 1))
+    pretrained = contender.encoder_share < 1
+    return Counter(training_size(step, steps, image_size, pretrained) for step in range(1, steps + 1))
 
 
 def train_steps(run, contender, part, size, steps, args, seed, before_step=lambda loader: None):
