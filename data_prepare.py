@@ -7,7 +7,8 @@
 
 Writes `datasets/data_new/{train,val,test}/` with images.h5, masks.h5, bboxes.h5, binary.h5, breeds.h5 and
 names.h5 (formats: README.md) and prints a table of what is in each split. An image is kept with whatever
-labels it has. Near-identical images go to the same split. The same images, options and seed give the same splits.
+labels it has. Near-identical images go to the same split, unless it is official. The same images, options and
+seed give the same splits.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A training run from top to bottom: options, one epoch, evaluation, checkpoints, the test.
+"""A training run from top to bottom: options, one epoch, checkpoints.
 
 The training scripts say which network and which weighting of the tasks' losses; the rest is here:
 
@@ -9,7 +9,7 @@ A run writes last.pt (all that --resume needs), log.csv, curves.png, best.pt (th
 validation Dice) and, at the end, metrics.json with the test metrics of best.pt. On a CPU, a run that was
 stopped or killed and resumed ends with the same weights as one that was not, bit for bit: every random
 number comes from a seed made of --seed, the epoch and the step. Augmentation, image size and batches of an
-epoch are in dataloader_mtl.py, losses and metrics in utils.py.
+epoch are in dataloader_mtl.py, losses and metrics in utils.py, validation and the test in evaluation.py.
 """
 
 import argparse
@@ -47,6 +47,8 @@ from support.distributed import all_gather, get_world_size, is_main_process, on_
 from support.files import lock_folder
 from support.report import draw_curves, entries, epoch_line, print_test, write_log, write_metrics
 from utils import PRINTED, TASKS, MeanLosses, task_losses
+
+PRETRAINED_SHARE = 0.2  # the learning rate of an encoder with weights, as a share of --lr
 
 
 def training_parser(description, out):
@@ -162,6 +164,18 @@ def choose_weights(encoder, weights):
     if weights not in (None, 'none'):
         raise InputError(f'--encoder-weights {weights}: --encoder unet starts from scratch; give a timm encoder, too')
     return 'none'
+
+
+def make_model(network, dataset, encoder='unet', weights='none', read_weights=True):
+    """A network for an MTLDataset; the shallow layers of an encoder with weights are frozen.
+
+    Without `read_weights`, it starts at random nevertheless: for weights that come from a checkpoint.
+    """
+    source = weights if read_weights else 'none'
+    model = network(n_classes=len(dataset.class_names), encoder=encoder, encoder_weights=source)
+    if weights != 'none':
+        model.encoder.freeze_shallow()
+    return model
 
 
 def make_optimizer(model, weighting, lr, encoder_lr):
@@ -359,11 +373,8 @@ def train(network, weighting, args):
         checkpoint = on_main_process(lambda: find_checkpoint(out, args.resume))
         encoder_weights = choose_weights(args.encoder, args.encoder_weights)
         pretrained = encoder_weights != 'none'
-        encoder_lr = args.encoder_lr or (args.lr / 5 if pretrained else args.lr)
-        weights = 'none' if checkpoint else encoder_weights
-        model = network(n_classes=len(train_set.class_names), encoder=args.encoder, encoder_weights=weights)
-        if pretrained:
-            model.encoder.freeze_shallow()
+        encoder_lr = args.encoder_lr or args.lr * (PRETRAINED_SHARE if pretrained else 1)
+        model = make_model(network, train_set, args.encoder, encoder_weights, read_weights=not checkpoint)
         run = Run(model, weighting, train_set, steps * args.epochs, args.lr, encoder_lr, device)
         # Tells files that were made elsewhere, which have no preparation, from others.
         labels_checksum = zlib.crc32(train_set.labels.tobytes() + train_set.bboxes.tobytes())

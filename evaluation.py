@@ -30,8 +30,8 @@ def to_device(batch, device):
 def score(model, dataset, device, batch_size=32, workers=0, bfloat16=False, before_batch=lambda: None):
     """Every metric of `model` for each sample of an MTLDataset or a Subset of one that has the label.
 
-    Returns {metric of METRICS: list of float} and {'loss_<task>': mean}, over all ranks. Evaluation mode; the model's
-    mode is restored.
+    Returns a pair over all ranks: {metric of METRICS: list of float, rank by rank, empty for a task that the network
+    does not have}, and {'loss_<task>': mean}. Evaluation mode; the model's mode is restored.
     """
     was_training = model.training
     model.eval()
@@ -64,7 +64,7 @@ def evaluate(model, dataset, device, **options):
 
 
 class ConstantNet(nn.Module):
-    """The same prediction for every image, from the training labels: what a metric is worth.
+    """The same prediction for every image, from the training labels: a floor to compare metrics with.
 
     Args:
         labels: (N,) int64, -1 unknown; the commonest class is predicted.

@@ -1,4 +1,4 @@
-"""A U-Net with a shared encoder: mask decoder, class head and box head, put together in four ways.
+"""A U-Net with a shared encoder, the study's or one of timm: mask decoder, class head and box head, put together.
 
     MTLNet       mask, class and box
     UNet         mask                    (the single-task baseline)
@@ -26,7 +26,8 @@ from support.hdf5 import LARGEST_SIDE, is_image_size
 from support.timm_models import create_features
 
 CHANNELS = (32, 64, 128, 256, 256)  # of the study's encoder at /2, /4, /8, /16 and /32
-TIMM_WIDTHS = (32, 48, 64, 128)  # of the mask decoder at /2, /4, /8 and /16 with an encoder of timm
+# Of the mask decoder at /2, /4, /8 and /16 with an encoder of timm, whose own channels may be 16 or 2048.
+TIMM_WIDTHS = (32, 48, 64, 128)
 
 
 class Outputs(NamedTuple):
@@ -85,10 +86,10 @@ class TimmEncoder(nn.Module):
         own_mean, own_std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
         self.register_buffer('scale', own_std / std)
         self.register_buffer('offset', (own_mean - mean) / std)
-        for module in list(self.features.modules()):
-            for child_name, child in module.named_children():
-                if isinstance(child, nn.Conv2d) and is_slow_in_bfloat16(child):
-                    setattr(module, child_name, Float32(child))
+        for module in self.features.modules():
+            if isinstance(module, nn.Conv2d) and is_slow_in_bfloat16(module):
+                kind = type(module)  # the parameters keep timm's names
+                module.__class__ = type(f'Float32{kind.__name__}', (Float32, kind), {})
 
     def freeze_shallow(self):
         """Freeze the layers that lead to the features at /4, their BatchNorm statistics too.
@@ -100,6 +101,7 @@ class TimmEncoder(nn.Module):
         gradients = torch.autograd.grad(shallow.sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients):
             parameter.requires_grad_(gradient is None)
+        self.train(self.training)
 
     def train(self, mode=True):
         super().train(mode)
@@ -113,22 +115,18 @@ class TimmEncoder(nn.Module):
 
 
 def is_slow_in_bfloat16(conv):
-    """Whether a depthwise convolution has, on a CPU, a backward pass in bfloat16 that takes 2 to 10 times as long."""
-    return conv.groups == conv.in_channels > 1 and max(*conv.kernel_size, 2 * max(conv.stride)) > 3
+    """Whether it is a depthwise convolution whose backward pass on a CPU takes 2 to 10 times as long in bfloat16."""
+    return conv.groups == conv.in_channels > 1 and (max(conv.kernel_size) > 3 or max(conv.stride) > 1)
 
 
-class Float32(nn.Module):
-    """Runs a module in float32 on a CPU, also under autocast."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
+class Float32:
+    """A convolution that computes in float32 on a CPU, also under autocast; to mix into its class."""
 
     def forward(self, x):
         if x.device.type != 'cpu' or not torch.is_autocast_enabled('cpu'):
-            return self.module(x)
+            return super().forward(x)
         with torch.autocast('cpu', enabled=False):
-            return self.module(x.float()).to(x.dtype)
+            return super().forward(x.float()).to(x.dtype)
 
 
 class MaskDecoder(nn.Module):
@@ -281,6 +279,7 @@ class FlipAveraged(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self.train(model.training)
 
     def forward(self, x, decode=None):
         """As SharedEncoderNet.forward, with logits of the mean probabilities."""

@@ -22,7 +22,8 @@ FAST = has_fast_bfloat16(CPU)
 class Line(NamedTuple):
     """A line of the table: what one step trains, and how."""
 
-    network: Callable  # n_classes -> network
+    network: Callable  # n_classes, encoder, encoder_weights -> network, or n_classes -> network
+    encoder: tuple = ()  # of ours: name and weights
     study: bool = False  # the study's loss and optimiser, not ours
     keep_memory: bool = True
     channels_last: bool = True
@@ -36,7 +37,10 @@ OURS = Line(MTLNet)
 def make_run(line, dataset):
     """An engine.Run as `line` says."""
     seed_everything(0)
-    model = line.network(n_classes=len(dataset.class_names))
+    if line.encoder:
+        model = engine.make_model(line.network, dataset, *line.encoder)
+    else:
+        model = line.network(n_classes=len(dataset.class_names))
     if line.study:
         run = StudyRun(model, dataset, CPU)
     else:

@@ -8,14 +8,14 @@ sizes, AdamW with its schedule, moving average), smp's Unet with our training, a
 tasks, from scratch and with an ImageNet encoder. All see the same images: those with a mask, and with all tasks
 the others as well; and have the same layout, precision where the CPU has bfloat16, threads and loader's processes.
 
-A run is one full cycle of the learning rate that ends at about --minutes: a few steps at each of its image
-sizes, on weights that are thrown away, say how many steps fit. Dice is measured --points times, every
+A run is one full cycle of the learning rate that ends at about --minutes: a fiftieth of that time at each of its
+image sizes, on weights that are thrown away, say how many steps fit. Dice is measured --points times, every
 --minutes / --points of training and at the end, on all validation images with a mask, of the weights' moving
 average (for the study's training, of the weights). The clock stops meanwhile; it starts after the steps that
 measure the speed. The test split is not used.
 
 A finished run is added to curves.csv in --out, the table and time_to_dice.png are made from what is there, and
-the same command again makes the runs that are missing; one --out for one machine and data.
+the same command again makes the runs that are missing; one --out for one machine, data and commit.
 
 The ratio: minutes of the reference network with our training, the best of --rates, to those of ours, both masks
 alone, to the highest of the three marks that both reach; none if there is no such mark.
@@ -52,7 +52,7 @@ from utils import WeightedLoss
 
 CPU = torch.device('cpu')
 RECIPE = engine.training_parser('', out='').parse_args([])
-IMAGENET = {'encoder': 'tf_efficientnet_lite0', 'encoder_weights': 'imagenet'}
+IMAGENET = ('tf_efficientnet_lite0', 'imagenet')
 
 
 class Contender(NamedTuple):
@@ -61,7 +61,7 @@ class Contender(NamedTuple):
     tasks: tuple = ('mask',)  # an image that has the label of one of them is trained on
     study: bool = False  # the study's training, not ours
     ours: bool = False
-    encoder_share: float = 1  # of the learning rate, for the encoder
+    encoder: tuple = ()  # of ours: name and weights
 
     @property
     def batch_size(self):
@@ -74,12 +74,8 @@ CONTENDERS = {
     'smp': Contender("smp Unet('resnet18'), our training", SmpUNet),
     'masks': Contender('ours, masks alone', UNet, ours=True),
     'tasks': Contender('ours, all tasks', MTLNet, MTLNet.tasks, ours=True),
-    'masks-imagenet': Contender(
-        'ours, masks alone, ImageNet encoder', partial(UNet, **IMAGENET), ours=True, encoder_share=1 / 5
-    ),
-    'tasks-imagenet': Contender(
-        'ours, all tasks, ImageNet encoder', partial(MTLNet, **IMAGENET), MTLNet.tasks, ours=True, encoder_share=1 / 5
-    ),
+    'masks-imagenet': Contender('ours, masks alone, ImageNet encoder', UNet, ours=True, encoder=IMAGENET),
+    'tasks-imagenet': Contender('ours, all tasks, ImageNet encoder', MTLNet, MTLNet.tasks, ours=True, encoder=IMAGENET),
 }
 
 
@@ -87,23 +83,26 @@ CONTENDERS = {
 
 
 def make_run(contender, rate, dataset, steps):
-    model = contender.network(n_classes=len(dataset.class_names))
+    if contender.ours:
+        model = engine.make_model(contender.network, dataset, *contender.encoder)
+    else:
+        model = contender.network(n_classes=len(dataset.class_names))
     if contender.study:
         return StudyRun(model, dataset, CPU)
-    weighting = WeightedLoss.equal(model.tasks)
-    return engine.Run(model, weighting, dataset, steps, rate, rate * contender.encoder_share, CPU)
+    encoder_rate = rate * (engine.PRETRAINED_SHARE if contender.encoder else 1)
+    return engine.Run(model, WeightedLoss.equal(model.tasks), dataset, steps, rate, encoder_rate, CPU)
 
 
 def size_steps(contender, steps, image_size):
     """{image size: how many of the steps}, in order."""
     if contender.study:
         return {image_size: steps}
-    pretrained = contender.encoder_share < 1
+    pretrained = bool(contender.encoder)
     return Counter(training_size(step, steps, image_size, pretrained) for step in range(1, steps + 1))
 
 
-def train_steps(run, contender, part, size, steps, args, seed, before_step=lambda loader: None):
-    """Train on `steps` batches at one image size; `before_step` is called with their loader."""
+def train_steps(run, contender, part, size, steps, args, seed, before_step=lambda batches: None):
+    """Train on `steps` batches at one image size; `before_step` is called with them, an EpochBatches."""
     part.dataset.transform = None if contender.study else RandomCropFlip(*size)
     part.dataset.jitter = 0 if contender.study else JITTER
     positions, count = epoch_positions(part), steps * contender.batch_size

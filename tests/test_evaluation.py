@@ -9,7 +9,7 @@ from torchvision.ops import box_iou
 
 import evaluation
 from dataloader_mtl import MTLDataset, Sample, load_splits
-from models import MTLNet, Outputs, UNet
+from models import FlipAveraged, MTLNet, Outputs, UNet
 from utils import METRICS, bootstrap_interval
 
 CPU = torch.device('cpu')
@@ -78,6 +78,8 @@ def test_evaluation_is_in_evaluation_mode_and_restores_the_mode(shared_data):
     first = evaluation.evaluate(model, part, CPU)
     assert model.training
     assert first == evaluation.evaluate(model, part, CPU)
+    evaluation.evaluate(FlipAveraged(model.eval()), part, CPU)
+    assert not any(module.training for module in model.modules())
 
 
 def test_test_metrics_are_of_the_model_of_its_flips_and_of_a_constant_prediction(data):

@@ -28,9 +28,8 @@ def test_test_metrics_are_printed_by_their_names(capsys):
     print_test('Test', {'accuracy': values | {'constant': 0.125, 'images': 8}}, PRINTED)
     print_test('Test', {}, PRINTED)
     assert capsys.readouterr().out == (
-        'Test; [95 % intervals over the images]\n'
-        '  Accuracy: 0.2500 [0.200, 0.300], averaged over flips 0.2600 [0.210, 0.310], a constant prediction 0.1250, '
-        '8 images\n'
+        "Test, [95 % interval over the images]; flips: outputs averaged with the mirror image's\n"
+        '  Accuracy: 0.2500 [0.200, 0.300]; flips 0.2600 [0.210, 0.310]; a constant prediction 0.1250; 8 images\n'
         'Test: no sample has a label\n'
     )
 

