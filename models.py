@@ -46,6 +46,18 @@ def conv_bn_relu(c_in, c_out, kernel=3, stride=1):
     )
 
 
+class Residual(nn.Module):
+    """(N, C, H, W) -> (N, C, H, W): a convolution around which the input takes a shortcut (He et al., CVPR 2016)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return F.relu(x + self.bn(self.conv(x)))
+
+
 class Encoder(nn.Module):
     """(N, c_in, H, W) -> features [(N, 32, /2), (N, 64, /4), (N, 128, /8), (N, 256, /16), (N, 256, /32)]."""
 
@@ -56,7 +68,7 @@ class Encoder(nn.Module):
         for level, c_out in enumerate(CHANNELS):
             # 4x4 at stride 2 sees every pixel equally often, as 3x3 at stride 2 does not.
             first = conv_bn_relu(c_in, c_out, kernel=4 if level == 0 else 3, stride=2)
-            self.stages.append(nn.Sequential(first, conv_bn_relu(c_out, c_out)))
+            self.stages.append(nn.Sequential(first, Residual(c_out)))
             c_in = c_out
 
     def forward(self, x):
@@ -326,7 +338,8 @@ def load_model(path='mtl_model.pt', device='cpu'):
     """
     content = load_checkpoint(path, MODEL_FORMAT)
     try:
-        name, class_names, size = (content[key] for key in ('network', 'class_names', 'image_size'))
+        keys = 'network', 'encoder', 'class_names', 'image_size'
+        name, encoder, class_names, size = (content[key] for key in keys)
         if not isinstance(name, str) or name not in NETWORKS:
             raise ValueError('another network')
         if not are_names(class_names):
@@ -334,7 +347,7 @@ def load_model(path='mtl_model.pt', device='cpu'):
         if not isinstance(size, list) or [type(side) for side in size] != [int, int] or not is_image_size(*size):
             raise ValueError('its image size is not one that the networks take')
         with torch.random.fork_rng(devices=[]):  # the initial weights take random numbers
-            model = NETWORKS[name](n_classes=len(class_names), encoder=content.get('encoder', 'unet'))
+            model = NETWORKS[name](n_classes=len(class_names), encoder=encoder)
         model.load_state_dict(content['weights'])
         if not is_finite(model.state_dict()):
             raise ValueError('some of its weights are not finite')

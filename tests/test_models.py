@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, same_bits
+from conftest import ROOT
 
 import models
 from models import (
@@ -224,15 +224,6 @@ def test_model_file_holds_weights_in_half_precision_and_the_rest_as_it_is(tmp_pa
         assert torch.equal(loaded[name], tensor.half().float() if rounded else tensor), name
 
 
-def test_model_file_from_before_encoders_had_names_is_read(model_path):
-    """Its weights are in single precision, as in the model."""
-    model = MTLNet(n_classes=2)
-    content = load_checkpoint(model_path, MODEL_FORMAT) | {'weights': model.state_dict()}
-    assert content.pop('encoder') == 'unet'
-    save_checkpoint(model_path, content)
-    assert same_bits(dict(load_model(model_path).state_dict()), dict(model.state_dict()))
-
-
 def test_model_file_of_the_repository_is_read(full_networks):
     model = load_model(ROOT / 'mtl_model.pt')
     images = torch.zeros(1, 3, *model.image_size)
@@ -316,7 +307,7 @@ def test_model_file_of_a_run(finished_run):
 @pytest.mark.parametrize('damage', [lambda content: content[: len(content) // 2], lambda content: b''])
 def test_damaged_model_file_is_refused(model_path, damage):
     model_path.write_bytes(damage(model_path.read_bytes()))
-    with pytest.raises(InputError, match="model.pt: not a valid checkpoint .*; expected 'segmentation-mtl model 1'"):
+    with pytest.raises(InputError, match=f"model.pt: not a valid checkpoint .*; expected '{MODEL_FORMAT}'"):
         load_model(model_path)
 
 
