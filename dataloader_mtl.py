@@ -31,6 +31,7 @@ from support.splits import limited, open_split
 MEAN = (0.4773, 0.4458, 0.3949)
 STD = (0.2280, 0.2255, 0.2280)
 
+SIZES = (0.4, 3 / 8), (0.8, 1 / 2), (1, 3 / 4)  # until this share of the epochs, that of the images' size
 VISIBLE_BOX = 0.75  # of a box's area: augmentation drops boxes of which a crop leaves less
 JITTER = 0.3  # strength of `colour_jitter` in training
 MASK_REPEATS = 3  # how often a masked image comes in an epoch where masks are rare
@@ -332,12 +333,14 @@ def count_labels(subset):
 def training_size(epoch, epochs, image_size, pretrained=False):
     """(height, width) in pixels to train at in `epoch`, from 1, of `epochs`.
 
-    Half of the stored images' size for the first 75 % of the epochs, then three quarters, at which crops show their
-    objects about as large as the whole images of evaluation do; rounded down to a multiple of 16, at least 64. From
-    scratch, many epochs of small images teach more than few of larger ones (progressive resizing: Howard, fast.ai on
-    DAWNBench, 2018); with `pretrained`, an encoder that has learned from larger images, it is three quarters at once.
+    From scratch, a share of the stored images' size that grows with the epochs (SIZES): many epochs of small images
+    teach more than few of larger ones (progressive resizing: Howard, fast.ai on DAWNBench, 2018). It ends at three
+    quarters, at which crops show their objects about as large as the whole images of evaluation do. With
+    `pretrained`, an encoder that has learned from larger images, it is three quarters throughout. Rounded down to a
+    multiple of 16, at least 64.
     """
-    scale = 3 / 4 if pretrained or (epoch - 1) / epochs >= 0.75 else 1 / 2
+    done = (epoch - 1) / epochs
+    scale = 3 / 4 if pretrained else next(scale for end, scale in SIZES if done < end)
     return tuple(max(64, int(side * scale) // 16 * 16) for side in image_size)
 
 

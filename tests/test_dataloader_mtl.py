@@ -643,12 +643,12 @@ def test_images_without_a_label_for_the_network_are_not_used(data, tmp_path):
     assert len(dataset.with_labels(['mask', 'class', 'box'])) == 36
 
 
-def test_size_grows_from_half_to_three_quarters():
+def test_size_grows_from_three_eighths_to_three_quarters():
     sizes = [training_size(epoch, 20, (256, 192)) for epoch in range(1, 21)]
-    assert sizes == [(128, 96)] * 15 + [(192, 144)] * 5
+    assert sizes == [(96, 64)] * 8 + [(128, 96)] * 8 + [(192, 144)] * 4
     assert {training_size(epoch, 20, (256, 192), pretrained=True) for epoch in range(1, 21)} == {(192, 144)}
     assert training_size(1, 10, (64, 80)) == (64, 64)
-    assert training_size(1, 1, (256, 256)) == (128, 128)
+    assert training_size(1, 1, (256, 256)) == (96, 96)
 
 
 @pytest.mark.parametrize('masks, times', [(36, 1), (12, 1), (11, 3), (1, 3), (0, 1)])
