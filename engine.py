@@ -9,7 +9,8 @@ A run writes last.pt (all that --resume needs), log.csv, curves.png, best.pt (th
 validation Dice) and, at the end, metrics.json with the test metrics of best.pt. On a CPU, a run that was
 stopped or killed and resumed ends with the same weights as one that was not, bit for bit: every random
 number comes from a seed made of --seed, the epoch and the step. Augmentation, image size and batches of an
-epoch are in dataloader_mtl.py, losses and metrics in utils.py, validation and the test in evaluation.py.
+epoch are in dataloader_mtl.py, losses and metrics in utils.py, the optimiser in optimizers.py, validation and
+the test in evaluation.py.
 """
 
 import argparse
@@ -22,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from dataloader_mtl import (
@@ -40,6 +40,7 @@ from dataloader_mtl import (
 )
 from evaluation import evaluate, forward, run_test, to_device
 from models import load_model, model_content
+from optimizers import make_average, make_optimizer, make_schedule
 from support.checkpoint import TRAINING_FORMAT, find_checkpoint, is_finite, load_checkpoint, save_checkpoint, save_last
 from support.cli import InputError, Stopped, StopRequest, positive_number, reason, whole_number
 from support.device import choose_device, has_fast_bfloat16, keep_freed_memory, seed_everything
@@ -57,7 +58,7 @@ def training_parser(description, out):
     add = parser.add_argument
     add('--data', default='datasets/data_new', metavar='DIR', help='folder of the splits (default: %(default)s)')
     add('--epochs', type=whole_number(1), default=30, help='passes over the data (default: %(default)s)')
-    add('--batch-size', type=whole_number(1), default=16, help='over all processes (default: %(default)s)')
+    add('--batch-size', type=whole_number(1), default=32, help='over all processes (default: %(default)s)')
     add('--lr', type=positive_number, default=3e-3, help='highest learning rate (default: %(default)s)')
     encoder_help = "'unet', from scratch, or a timm model, such as tf_efficientnet_lite0 (default: %(default)s)"
     add('--encoder', default='unet', metavar='NAME', help=encoder_help)
@@ -178,46 +179,12 @@ def make_model(network, dataset, encoder='unet', weights='none', read_weights=Tr
     return model
 
 
-def make_optimizer(model, weighting, lr, encoder_lr):
-    """AdamW; weight decay on the weights of convolutions and linear layers alone."""
-    groups = []
-    encoder, others = list(model.encoder.parameters()), list(weighting.parameters())
-    others += [p for name, p in model.named_parameters() if not name.startswith('encoder.')]
-    for parameters, rate in (encoder, encoder_lr), (others, lr):
-        for decay, chosen in (0.05, lambda p: p.ndim > 1), (0, lambda p: p.ndim <= 1):
-            groups.append({'params': list(filter(chosen, parameters)), 'lr': rate, 'weight_decay': decay})
-    return torch.optim.AdamW(groups, lr, fused=True)
-
-
-def make_schedule(optimizer, total_steps):
-    """The learning rate of each step: a warm-up to that of the optimiser and a cosine to almost zero.
-
-    Smith and Topin 2018. The first of Adam's betas moves from 0.95 to 0.85 and back meanwhile.
-    """
-    rates = [group['lr'] for group in optimizer.param_groups]
-    # OneCycleLR divides by zero for 5 steps.
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=max(6, total_steps), pct_start=0.2)
-
-
-def make_average(model, total_steps):
-    """The moving average of the weights over about the last twentieth of the run, which is what is evaluated.
-
-    Early on it averages over the last ninth of the steps done, so that the random initial weights leave it soon.
-    """
-    decay = max(0, min(0.999, 1 - 20 / total_steps))
-
-    def update(averaged, current, count):
-        get_ema_multi_avg_fn(min(decay, float((1 + count) / (10 + count))))(averaged, current, count)
-
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-
-
 class Run:
     """All that training changes. `state` returns what last.pt holds, `restore` reads it back."""
 
     STATEFUL = ('model', 'weighting', 'optimizer', 'schedule', 'average')
 
-    def __init__(self, model, weighting, dataset, total_steps, lr, encoder_lr, device):
+    def __init__(self, model, weighting, dataset, total_steps, lr, encoder_lr, pretrained, device):
         self.class_names, self.image_size = dataset.class_names, dataset.image_size
         self.device, self.bfloat16 = device, has_fast_bfloat16(device)
         self.model = model.to(device, memory_format=torch.channels_last)
@@ -375,7 +342,7 @@ def train(network, weighting, args):
         pretrained = encoder_weights != 'none'
         encoder_lr = args.encoder_lr or args.lr * (PRETRAINED_SHARE if pretrained else 1)
         model = make_model(network, train_set, args.encoder, encoder_weights, read_weights=not checkpoint)
-        run = Run(model, weighting, train_set, steps * args.epochs, args.lr, encoder_lr, device)
+        run = Run(model, weighting, train_set, steps * args.epochs, args.lr, encoder_lr, pretrained, device)
         # Tells files that were made elsewhere, which have no preparation, from others.
         labels_checksum = zlib.crc32(train_set.labels.tobytes() + train_set.bboxes.tobytes())
         config = {

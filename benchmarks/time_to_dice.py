@@ -90,7 +90,9 @@ def make_run(contender, rate, dataset, steps):
     if contender.study:
         return StudyRun(model, dataset, CPU)
     encoder_rate = rate * (engine.PRETRAINED_SHARE if contender.encoder else 1)
-    return engine.Run(model, WeightedLoss.equal(model.tasks), dataset, steps, rate, encoder_rate, CPU)
+    return engine.Run(
+        model, WeightedLoss.equal(model.tasks), dataset, steps, rate, encoder_rate, bool(contender.encoder), CPU
+    )
 
 
 def size_steps(contender, steps, image_size):

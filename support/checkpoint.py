@@ -15,7 +15,7 @@ from support.files import replacing, require_file, sync, write_file
 
 # The number rises when files that were written before can no longer be read.
 MODEL_FORMAT = 'segmentation-mtl model 2'  # best.pt, mtl_model.pt
-TRAINING_FORMAT = 'segmentation-mtl training 5'  # last.pt
+TRAINING_FORMAT = 'segmentation-mtl training 6'  # last.pt
 
 
 def save_checkpoint(path, content):

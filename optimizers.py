@@ -1,0 +1,104 @@
+"""How weights change: Muon or AdamW, the cycle of the learning rate, and the moving average that is evaluated."""
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from support.device import has_fast_bfloat16
+
+WEIGHT_DECAY = 0.05
+MOMENTUM = 0.95  # of Muon
+# Of the polynomial a x + b x^3 + c x^5 on the singular values, and how often it is applied (Jordan et al. 2024, who
+# apply it three to five times).
+NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 3
+
+
+def orthogonalise(matrix):
+    """(m, n) float32 -> the same with singular values of about 1, those far below the largest less.
+
+    In bfloat16 where the device is fast in it; on a CPU that is not, it would be sixty times slower than float32.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.to(torch.bfloat16) if has_fast_bfloat16(matrix.device) else matrix
+    if len(matrix) > matrix.shape[1]:
+        x = x.T
+    x = x / x.norm().clamp(min=1e-7)  # the Frobenius norm is at least the spectral one
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW, and Muon for the parameter groups with 'muon': convolutions' weights.
+
+    Muon (Jordan et al. 2024) orthogonalises the momentum of a weight (c_out, c_in, h, w) as a matrix of c_out rows.
+    Its steps have about the root mean square of AdamW's at the same learning rate (Liu et al. 2025).
+    torch.optim.Muon takes matrices alone, and computes in bfloat16 whatever the CPU.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            if not group['muon']:
+                continue
+            for weight in group['params']:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state['momentum'] = torch.zeros_like(weight)
+                state['momentum'].lerp_(weight.grad, 1 - MOMENTUM)
+                update = weight.grad.lerp(state['momentum'], MOMENTUM).permute(0, 2, 3, 1)  # Nesterov's
+                matrix = update.flatten(1)
+                update = orthogonalise(matrix).view_as(update).permute(0, 3, 1, 2)
+                weight.mul_(1 - group['lr'] * group['weight_decay'])
+                weight.add_(update, alpha=-group['lr'] * 0.2 * max(matrix.shape) ** 0.5)
+                weight.grad = None  # so that AdamW leaves it alone
+        super().step()
+
+
+def make_optimizer(model, weighting, lr, encoder_lr, pretrained=False):
+    """AdamW, with Muon for the hidden convolutions of a network from scratch, not of one with a `pretrained` encoder.
+
+    Weight decay is on the weights of convolutions and linear layers alone.
+    """
+    groups = []
+    encoder, others = list(model.encoder.parameters()), list(weighting.parameters())
+    others += [p for name, p in model.named_parameters() if not name.startswith('encoder.')]
+    for parameters, rate in (encoder, encoder_lr), (others, lr):
+        kinds = [(p, not pretrained and is_hidden_convolution(p)) for p in parameters]
+        for muon, decay, chosen in (
+            (True, WEIGHT_DECAY, [p for p, muon in kinds if muon]),
+            (False, WEIGHT_DECAY, [p for p, muon in kinds if not muon and p.ndim > 1]),
+            (False, 0, [p for p, muon in kinds if p.ndim <= 1]),
+        ):
+            groups.append({'params': chosen, 'lr': rate, 'weight_decay': decay, 'muon': muon})
+    return MuonAdamW(groups, lr, fused=True)
+
+
+def is_hidden_convolution(parameter):
+    """Whether it is a convolution's weight, but not of a last layer or a depthwise one."""
+    return parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) >= 32
+
+
+def make_schedule(optimizer, total_steps):
+    """The learning rate of each step: a warm-up to that of the optimiser and a cosine to almost zero.
+
+    Smith and Topin 2018. The first of Adam's betas moves from 0.95 to 0.85 and back meanwhile.
+    """
+    rates = [group['lr'] for group in optimizer.param_groups]
+    # OneCycleLR divides by zero for 5 steps.
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=max(6, total_steps), pct_start=0.2)
+
+
+def make_average(model, total_steps):
+    """The moving average of the weights over about the last twentieth of the run, which is what is evaluated.
+
+    Early on it averages over the last ninth of the steps done, so that the random initial weights leave it soon.
+    """
+    decay = max(0, min(0.999, 1 - 20 / total_steps))
+
+    def update(averaged, current, count):
+        get_ema_multi_avg_fn(min(decay, float((1 + count) / (10 + count))))(averaged, current, count)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
