@@ -193,7 +193,7 @@ class Run:
         if dist.is_initialized():
             # A batch without masks leaves the decoder without gradients.
             self.objective = DistributedDataParallel(self.objective, find_unused_parameters=True)
-        self.optimizer = make_optimizer(self.model, weighting, lr, encoder_lr)
+        self.optimizer = make_optimizer(self.model, weighting, lr, encoder_lr, pretrained)
         self.schedule = make_schedule(self.optimizer, total_steps)
         self.average = make_average(self.model, total_steps)
         self.history, self.best, self.best_model = [], None, None  # a row for each epoch; the best of them

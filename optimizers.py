@@ -47,6 +47,7 @@ class MuonAdamW(torch.optim.AdamW):
                 state = self.state[weight]
                 if not state:
                     state['momentum'] = torch.zeros_like(weight)
+                    state['step'] = torch.zeros(())  # AdamW.load_state_dict asks for it
                 state['momentum'].lerp_(weight.grad, 1 - MOMENTUM)
                 update = weight.grad.lerp(state['momentum'], MOMENTUM).permute(0, 2, 3, 1)  # Nesterov's
                 matrix = update.flatten(1)
@@ -72,7 +73,8 @@ def make_optimizer(model, weighting, lr, encoder_lr, pretrained=False):
             (False, WEIGHT_DECAY, [p for p, muon in kinds if not muon and p.ndim > 1]),
             (False, 0, [p for p, muon in kinds if p.ndim <= 1]),
         ):
-            groups.append({'params': chosen, 'lr': rate, 'weight_decay': decay, 'muon': muon})
+            if chosen:
+                groups.append({'params': chosen, 'lr': rate, 'weight_decay': decay, 'muon': muon})
     return MuonAdamW(groups, lr, fused=True)
 
 

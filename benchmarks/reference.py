@@ -114,7 +114,8 @@ class StudyRun(engine.Run):
     """An engine.Run that trains a ReferenceNet as the study did; what is evaluated are the weights themselves."""
 
     def __init__(self, model, dataset, device):
-        super().__init__(model, utils.WeightedLoss.equal(model.tasks), dataset, 1, LEARNING_RATE, LEARNING_RATE, device)
+        weighting = utils.WeightedLoss.equal(model.tasks)
+        super().__init__(model, weighting, dataset, 1, LEARNING_RATE, LEARNING_RATE, False, device)
         self.objective = StudyObjective(self.model, self.bfloat16)
         self.optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
         self.schedule = SimpleNamespace(step=lambda: None)

@@ -64,7 +64,8 @@ def data(shared_data, tmp_path):
 
 
 def training_options(data, out, *more):
-    return ['--data', str(data), '--out', str(out), '--epochs', '2', '--workers', '0', *map(str, more)]
+    options = {'--data': data, '--out': out, '--epochs': 2, '--batch-size': 16, '--workers': 0}
+    return [str(part) for pair in options.items() for part in pair] + [str(each) for each in more]
 
 
 def train(data, out, *more, network=models.MTLNet, weighting=None):

@@ -246,17 +246,19 @@ def test_the_steps_of_a_run_are_shared_as_in_the_recipe():
     assert time_to_dice.size_steps(time_to_dice.CONTENDERS['study'], 100, (256, 256)) == {(256, 256): 100}
 
 
-def test_ours_trains_as_train_baseline_does():
+def test_ours_trains_as_train_baseline_does(full_networks):
     contender = time_to_dice.CONTENDERS['masks']
     run = time_to_dice.make_run(contender, 0.003, PETS, 100)
-    assert isinstance(run.model, UNet) and contender.batch_size == 16
-    assert {group['weight_decay'] for group in run.optimizer.param_groups} == {0.05, 0}
+    assert isinstance(run.model, UNet) and contender.batch_size == 32
+    assert {group['muon'] for group in run.optimizer.param_groups} == {True, False}
 
 
 def test_ours_with_the_imagenet_encoder_trains_as_the_recipe_says():
     run = time_to_dice.make_run(time_to_dice.CONTENDERS['masks-imagenet'], 0.003, PETS, 100)
     assert not run.model.encoder.features.conv_stem.weight.requires_grad
-    assert [group['max_lr'] for group in run.optimizer.param_groups] == pytest.approx([0.0006, 0.0006, 0.003, 0.003])
+    groups = run.optimizer.param_groups
+    assert [group['max_lr'] for group in groups] == pytest.approx([0.0006, 0.0006, 0.003, 0.003])
+    assert not any(group['muon'] for group in groups)
 
 
 def test_times_are_medians_over_the_seeds_of_the_best_rate(tmp_path):
