@@ -183,6 +183,7 @@ class MTLDataset(Dataset):
     Attributes:
         folder: Path of the split.
         class_names: list of str, the name of each label.
+        class_species: list of 'cat', 'dog' or None, the species of each label.
         labels: (N,) int64 array, -1 unknown.
         bboxes: (N, 4) float32 array in pixels of the stored images, NaN unknown.
         image_size: (height, width) of the stored images.
@@ -202,7 +203,8 @@ class MTLDataset(Dataset):
         self._readers, self._pid = {}, None
         split = open_split(self.folder, label)
         self.image_size, self.preparation, self._fingerprints = split[:3]
-        self.class_names, self.labels, self.bboxes = split.class_names, split.labels, split.bboxes
+        self.class_names, self.class_species = split.class_names, split.class_species
+        self.labels, self.bboxes = split.labels, split.bboxes
         self.labelled = {'class': split.labels >= 0, 'mask': split.has_mask, 'box': ~np.isnan(split.bboxes).any(axis=1)}
 
     def __len__(self):

@@ -185,7 +185,7 @@ class Run:
     STATEFUL = ('model', 'weighting', 'optimizer', 'schedule', 'average')
 
     def __init__(self, model, weighting, dataset, total_steps, lr, encoder_lr, pretrained, device):
-        self.class_names, self.image_size = dataset.class_names, dataset.image_size
+        self.about = dataset.class_names, dataset.class_species, dataset.image_size  # for the model file
         self.device, self.bfloat16 = device, has_fast_bfloat16(device)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.weighting = weighting.to(device)
@@ -227,7 +227,7 @@ class Run:
         # Without masks in validation, the last epoch is the best.
         if self.best is None or 'val_dice' not in row or row['val_dice'] > self.best['val_dice']:
             self.best = row
-            self.best_model = model_content(self.average.module, self.class_names, self.image_size)
+            self.best_model = model_content(self.average.module, *self.about)
 
     def state(self, config):
         """The content of last.pt. All ranks call it: it gathers their losses."""

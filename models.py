@@ -23,6 +23,7 @@ from dataloader_mtl import MEAN, STD
 from support.checkpoint import MODEL_FORMAT, is_finite, load_checkpoint
 from support.cli import InputError, are_names, reason
 from support.hdf5 import LARGEST_SIDE, is_image_size
+from support.splits import SPECIES
 from support.timm_models import create_features
 
 CHANNELS = (32, 64, 128, 256, 256)  # of the study's encoder at /2, /4, /8, /16 and /32
@@ -313,7 +314,7 @@ NETWORKS = {network.__name__: network for network in (MTLNet, UNet, AblatedNet, 
 # ---- model files: best.pt and mtl_model.pt
 
 
-def model_content(model, class_names, image_size):
+def model_content(model, class_names, class_species, image_size):
     """What a model file holds: all that rebuilds the model for prediction, the weights as a copy."""
     parameters = dict(model.named_parameters())
     return {
@@ -321,6 +322,7 @@ def model_content(model, class_names, image_size):
         'network': type(model).__name__,
         'encoder': model.encoder_name,
         'class_names': class_names,
+        'class_species': class_species,
         'image_size': list(image_size),
         # Weights of convolutions and linear layers as float16, which halves the file; the rest as it is.
         'weights': {
@@ -333,17 +335,19 @@ def model_content(model, class_names, image_size):
 def load_model(path='mtl_model.pt', device='cpu'):
     """The trained network of a model file, in evaluation mode.
 
-    It has the attributes `class_names` (list of str) and `image_size` (height, width). Raises InputError for
-    a file that is missing, damaged or of another kind.
+    It has the attributes `class_names` (list of str), `class_species` (list of 'cat', 'dog' or None) and `image_size`
+    (height, width). Raises InputError for a file that is missing, damaged or of another kind.
     """
     content = load_checkpoint(path, MODEL_FORMAT)
     try:
-        keys = 'network', 'encoder', 'class_names', 'image_size'
-        name, encoder, class_names, size = (content[key] for key in keys)
+        keys = 'network', 'encoder', 'class_names', 'class_species', 'image_size'
+        name, encoder, class_names, class_species, size = (content[key] for key in keys)
         if not isinstance(name, str) or name not in NETWORKS:
             raise ValueError('another network')
         if not are_names(class_names):
             raise ValueError('its class names are not a list of printable names')
+        if [species in (*SPECIES, None) for species in class_species] != [True] * len(class_names):
+            raise ValueError('its species are not one for each class')
         if not isinstance(size, list) or [type(side) for side in size] != [int, int] or not is_image_size(*size):
             raise ValueError('its image size is not one that the networks take')
         with torch.random.fork_rng(devices=[]):  # the initial weights take random numbers
@@ -355,5 +359,5 @@ def load_model(path='mtl_model.pt', device='cpu'):
         raise InputError(f'{path}: {error}') from None
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise InputError(f'{path}: does not fit the networks of models.py ({reason(error)}); train it again') from None
-    model.class_names, model.image_size = class_names, tuple(size)
+    model.class_names, model.class_species, model.image_size = class_names, class_species, tuple(size)
     return model.to(device).eval()

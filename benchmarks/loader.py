@@ -3,7 +3,7 @@
     python benchmarks/loader.py --data datasets/data_new
 
 The samples are drawn as train_mtl.py draws them, in random order. 'augmented' is the training's path at
-128 x 128, RandomCropFlip and colour jitter in batches of 16: against the same with v2's transforms, and
+128 x 128, RandomCropFlip and colour jitter in batches of 32: against the same with v2's transforms, and
 against its kernels alone, which are the limit: reading the chunks, one resize an image, and the colours of a
 batch. 'plain' is the evaluation's path at the stored size in batches of 32: float32, the same from files
 with checksums, the chunks read as uint8 without normalisation, a copy of them from a numpy memmap, and the

@@ -4,7 +4,7 @@
     python benchmarks/time_to_dice.py --data datasets/data_new --minutes 30 --only masks smp
 
 Trains the reference network as the study did and with our training (MaskLoss, augmentation, the recipe's image
-sizes, AdamW with its schedule, moving average), smp's Unet with our training, and ours, masks alone and with all
+sizes, optimiser and its schedule, moving average), smp's Unet with our training, and ours, masks alone and with all
 tasks, from scratch and with an ImageNet encoder. All see the same images: those with a mask, and with all tasks
 the others as well; and have the same layout, precision where the CPU has bfloat16, threads and loader's processes.
 

@@ -14,7 +14,7 @@ from support.cli import InputError, reason
 from support.files import replacing, require_file, sync, write_file
 
 # The number rises when files that were written before can no longer be read.
-MODEL_FORMAT = 'segmentation-mtl model 2'  # best.pt, mtl_model.pt
+MODEL_FORMAT = 'segmentation-mtl model 3'  # best.pt, mtl_model.pt
 TRAINING_FORMAT = 'segmentation-mtl training 6'  # last.pt
 
 

@@ -31,6 +31,7 @@ class Split(NamedTuple):
     preparation: str | None  # shared by all files of one run of data_prepare.py
     fingerprints: dict  # {stem: `hdf5.fingerprint`}
     class_names: list  # of str, the name of each label
+    class_species: list  # of str, 'cat' or 'dog' for each label; None if its samples are of none or both
     labels: np.ndarray  # (N,) int64, -1 unknown
     bboxes: np.ndarray  # (N, 4) float32: xmin, ymin, xmax, ymax in pixels, NaN unknown
     has_mask: np.ndarray  # (N,) bool: whether any pixel of the mask is known
@@ -46,7 +47,8 @@ def open_split(folder, label):
     check_same(folder, 'lengths', {stem: file.length for stem, file in files.items()})
     check_same(folder, 'sizes', {stem: files[stem].size for stem in ('images', 'masks')})
     check_same(folder, 'preparations', {stem: file.preparation for stem, file in files.items()})
-    labels, class_names = check_labels(paths['binary'], files['binary'].table, len(SPECIES)), list(SPECIES)
+    species = check_labels(paths['binary'], files['binary'].table, len(SPECIES))
+    labels, class_names = species, list(SPECIES)
     if 'breeds' in files and label != 'species':
         class_names = check_class_names(paths['breeds'], files['breeds'].class_names)
         labels = check_labels(paths['breeds'], files['breeds'].table, len(class_names))
@@ -56,10 +58,17 @@ def open_split(folder, label):
         preparation=files['images'].preparation,
         fingerprints={stem: file.fingerprint for stem, file in files.items()},
         class_names=class_names,
+        class_species=[find_species(species[labels == label]) for label in range(len(class_names))],
         labels=labels,
         bboxes=check_boxes(paths['bboxes'], files['bboxes'].table, *size),
         has_mask=files['masks'].known_masks,
     )
+
+
+def find_species(numbers):
+    """The one of SPECIES that all known `numbers` stand for, else None."""
+    known = set(numbers[numbers >= 0].tolist())
+    return SPECIES[known.pop()] if len(known) == 1 else None
 
 
 class SplitFile(NamedTuple):

