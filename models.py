@@ -39,6 +39,10 @@ class Outputs(NamedTuple):
     bbox: torch.Tensor | None  # (N, 4) xmin, ymin, xmax, ymax in [0, 1], xmin <= xmax, ymin <= ymax
 
 
+# For torch.export.save, which has no public way to it.
+torch.utils._pytree._register_namedtuple(Outputs, serialized_type_name='segmentation_mtl.Outputs')
+
+
 def conv_bn_relu(c_in, c_out, kernel=3, stride=1):
     """(N, c_in, H, W) -> (N, c_out, H / stride, W / stride)."""
     padding = (kernel - 1) // 2
@@ -229,7 +233,8 @@ class SharedEncoderNet(nn.Module):
 
     `forward(x)` takes float images (N, c_in, H, W) and returns Outputs. With `decode`, a bool tensor (N,), only
     the K images where it is true go through the decoder: in training, images without a mask skip it. Raises
-    ValueError for sides that are not multiples of 16 from 64 to 4,096.
+    ValueError for sides that are not multiples of 16 from 64 to 4,096. Under torch.jit.trace it returns a tuple of what
+    there is instead.
     """
 
     tasks = ()
@@ -259,6 +264,8 @@ class SharedEncoderNet(nn.Module):
         if self.decoder is not None and (decode is None or decode.any()):
             chosen = features if decode is None else [select_rows(level, decode) for level in features]
             mask = self.decoder(chosen, size)
+        if torch.jit.is_tracing():  # which takes no None
+            return tuple(output for output in (label, mask, bbox) if output is not None)
         return Outputs(label, mask, bbox)
 
 

@@ -1,74 +1,42 @@
-"""Draw what the trained multi-task network sees.
+"""Draw what a trained network sees, or write it to files.
 
-    python mtl_vis.py                            # some test pets, targets beside predictions
-    python mtl_vis.py cat.jpg dog.png            # your own photographs, of any size
-    python mtl_vis.py --save-masks masks/ *.jpg  # also each mask as a PNG of the photograph's size
+    python mtl_vis.py                               # some test pets, targets beside predictions
+    python mtl_vis.py cat.jpg photos/ 'more/*.png'  # photographs: files, folders, patterns
+    python mtl_vis.py photos/ --json pets.jsonl --cutouts cutouts --save-masks masks
 
-Writes the picture to mask.png and prints a line for each photograph: breed, probability, head box in
-pixels and the share of the picture that the pet covers. From Python:
-
-    from PIL import Image
-    from mtl_vis import load_model, predict
-    prediction = predict(load_model('mtl_model.pt'), Image.open('cat.jpg'))
-    print(prediction.breed, prediction.probability, prediction.bbox, prediction.mask.mean())
+Writes a picture, mask.png, and prints a line for each photograph: breed, probability, head box in pixels and the share
+of the picture that the pet covers. A photograph that cannot be read gets a line on standard error and stops no other;
+the exit status is then 1. From Python, see prediction.py.
 """
 
 import argparse
+import glob
+import json
 import os
+import sys
 import warnings
+from collections import deque
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from tqdm import tqdm
 
-from dataloader_mtl import MTLDataset, denormalise, normalise
-from models import load_model
-from support.cli import InputError, run_script, whole_number
-from support.files import UnreadableFile, read_image, to_rgb, write_file
+from dataloader_mtl import MTLDataset, denormalise
+from prediction import cutout, load_model, predict
+from support.cli import InputError, one_line, run_script, whole_number
+from support.files import UnreadableFile, read_image, replacing, write_file
 
 PREDICTED, TARGET = '#ff3b30', '#34c759'  # red and green
 PANEL = (256, 1600)  # pixels: the smallest and the largest longer side of a drawn photograph
-
-
-class Prediction(NamedTuple):
-    """What `predict` finds; a task that the model does not have is None."""
-
-    breed: str | None
-    probability: float | None  # of that breed, in [0, 1]
-    bbox: tuple | None  # xmin, ymin, xmax, ymax of the head in pixels of the photograph, float
-    mask: np.ndarray | None  # (height, width) bool, True where the pet is
-
-
-@torch.inference_mode()
-def predict(model, image):
-    """The Prediction of a model from `load_model` for a PIL image of any size and mode.
-
-    The image is taken as its pixels are stored: for a photograph that EXIF says is rotated, pass
-    `PIL.ImageOps.exif_transpose(image)`.
-    """
-    rgb = to_rgb(image)
-    height, width = model.image_size
-    small = rgb.resize((width, height), Image.Resampling.BILINEAR)
-    device = next(model.parameters()).device
-    outputs = model(normalise(v2.functional.pil_to_tensor(small).to(device))[None])
-    if not all(output.isfinite().all() for output in outputs if output is not None):
-        raise InputError('the model gives no finite numbers for this photograph; train it again')
-    breed = probability = bbox = mask = None
-    if outputs.label is not None:
-        best = outputs.label[0].softmax(dim=0).max(dim=0)
-        breed, probability = model.class_names[best.indices], best.values.item()
-    if outputs.bbox is not None:
-        bbox = tuple((outputs.bbox[0].cpu() * torch.tensor([*rgb.size, *rgb.size])).tolist())
-    if outputs.mask is not None:
-        logits = F.interpolate(outputs.mask, size=rgb.size[::-1], mode='bilinear', align_corners=False)
-        mask = (logits[0, 0] > 0).cpu().numpy()
-    return Prediction(breed, probability, bbox, mask)
+DRAWN = 12  # photographs in the picture
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff', '.avif')  # looked for in folders
 
 
 # ---- panels: (3, H, W) uint8 tensors
@@ -135,7 +103,7 @@ def save_picture(rows, path):
 # ---- the two uses
 
 
-def draw_test_pets(model, root, count, seed, out):
+def draw_test_pets(model, root, count, seed, out, flip):
     """Test pets with a mask, if there are any: photograph, target and prediction side by side."""
     dataset = MTLDataset('test', root=root)
     indices = np.array(dataset.with_labels(['mask']) or range(len(dataset)))
@@ -144,7 +112,7 @@ def draw_test_pets(model, root, count, seed, out):
     for index in sorted(chosen.tolist()):
         image, bbox, label, mask = dataset[index]
         pixels = denormalise(image)
-        prediction = predict(model, v2.functional.to_pil_image(pixels))
+        prediction = predict(model, pixels, flip)
         height, width = pixels.shape[1:]
         target = None if bbox.isnan().any() else (bbox * torch.tensor([width, height] * 2)).tolist()
         truth = f'\nis {dataset.class_names[label]}' if label >= 0 and prediction.breed else ''
@@ -158,40 +126,14 @@ def draw_test_pets(model, root, count, seed, out):
     print(f'{out}: {len(rows)} test pets; boxes: target green, prediction red')
 
 
-def draw_photographs(model, paths, masks_folder, out):
-    """Photographs from disk: prediction only, a printed line each; a broken one stops no other."""
-    rows, broken = [], []
-    for path in paths:
-        try:
-            photograph = read_image(path, upright=True)  # as every viewer shows it
-        except UnreadableFile as error:
-            broken.append(str(error))
-            continue
-        prediction = predict(model, photograph)
-        print(f'{path}: {describe(prediction)}')
-        if masks_folder and prediction.mask is not None:
-            picture = Image.fromarray(prediction.mask.astype(np.uint8) * 255)
-            write_file(mask_path(masks_folder, path), partial(picture.save, format='PNG'))
-        rows.append(photograph_row(photograph, prediction))
-    if rows:
-        save_picture(rows, out)
-        print(f'written to {out}')
-    if broken:
-        raise InputError(f'{len(broken)} of {len(paths)} photographs cannot be read: {"; ".join(broken)}')
-
-
-def mask_path(folder, photograph):
-    return Path(folder) / f'{Path(photograph).stem}_mask.png'
-
-
 def refuse_to_overwrite(targets, inputs):
     """Raise InputError if two of the paths to write are one, or one of them is a file to read."""
     seen = {os.path.realpath(path) for path in inputs}
     for target in targets:
         if os.path.realpath(target) in seen:
             raise InputError(
-                f'{target}: would be written over an input or twice; give another --out or '
-                '--save-masks, or one photograph at a time'
+                f'{target}: would be written over an input or twice; give other files and folders to write to, '
+                'or photographs of different names'
             )
         seen.add(os.path.realpath(target))
 
@@ -222,26 +164,131 @@ def describe(prediction):
     return ', '.join(parts)
 
 
+class Photograph(NamedTuple):
+    path: Path
+    name: str  # of the files to write, without suffix; with the folders below the one that was given
+
+
+def find_photographs(arguments):
+    """The Photographs that files, folders (searched to any depth) and patterns stand for, in order.
+
+    Raises InputError for a folder or pattern without any; a file need not exist.
+    """
+    found = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            files = sorted(each for each in path.rglob('*') if each.suffix.lower() in SUFFIXES and each.is_file())
+            found += [Photograph(each, str(each.relative_to(path).with_suffix(''))) for each in files]
+            if not files:
+                raise InputError(f'{path}: no image in this folder; looked for {", ".join(SUFFIXES)}')
+        elif not path.exists() and glob.has_magic(argument):
+            files = sorted(each for each in map(Path, glob.glob(argument, recursive=True)) if each.is_file())
+            found += [Photograph(each, each.stem) for each in files]
+            if not files:
+                raise InputError(f'{argument}: no file fits this pattern')
+        else:
+            found.append(Photograph(path, path.stem))
+    return found
+
+
+def look_at_photographs(model, photographs, args):
+    """Predict photographs from disk and write what `args` asks for; one that cannot be read stops no other."""
+    rows, waiting, broken, seen = [], deque(), 0, 0
+    with ExitStack() as stack:
+        lines = None
+        if args.json == '-':
+            lines = sys.stdout
+        elif args.json:
+            lines = stack.enter_context(open(stack.enter_context(replacing(args.json)), 'w', encoding='utf-8'))
+        # A bar for what takes longer than two seconds.
+        bar = stack.enter_context(tqdm(total=len(photographs), unit='photograph', delay=2, leave=False, disable=None))
+
+        def readable():
+            nonlocal broken
+            for photograph in photographs:
+                try:
+                    image = read_image(photograph.path, upright=True)
+                except UnreadableFile as error:
+                    broken += 1
+                    bar.update()
+                    tqdm.write(one_line(f'error: {error}'), file=sys.stderr)
+                    continue
+                waiting.append((photograph, image.size))
+                yield image
+
+        for prediction in predict(model, readable(), flip=args.flip):
+            (path, name), size = waiting.popleft()
+            bar.update()
+            seen += 1
+            if lines:
+                print(json.dumps(as_json(path, size, prediction)), file=lines, flush=args.json == '-')
+            if args.json != '-':
+                tqdm.write(one_line(f'{path}: {describe(prediction)}'), file=sys.stdout)
+            if args.save_masks:
+                mask = Image.fromarray(prediction.mask.astype(np.uint8) * 255)
+                write_file(mask_path(args, name), partial(mask.save, format='PNG'))
+            if args.cutouts or seen <= DRAWN:
+                image = read_image(path, upright=True)  # again, as keeping a batch of them would take much memory
+                if args.cutouts:
+                    write_file(cutout_path(args, name), partial(cutout(image, prediction).save, format='PNG'))
+                if seen <= DRAWN:
+                    rows.append(photograph_row(image, prediction))
+    if rows:
+        save_picture(rows, args.out)
+        what = f'the first {DRAWN} of {seen} photographs' if seen > DRAWN else f'{seen} photograph{"s"[: seen > 1]}'
+        print(f'{args.out}: {what}', file=sys.stderr if args.json == '-' else sys.stdout)
+    if broken:
+        raise InputError(f'{broken} of {len(photographs)} photographs cannot be read')
+
+
+def mask_path(args, name):
+    return Path(args.save_masks) / f'{name}_mask.png'
+
+
+def cutout_path(args, name):
+    return Path(args.cutouts) / f'{name}_cutout.png'
+
+
+def as_json(path, size, prediction):
+    """What --json writes of a photograph of `size`, (width, height); null for what the model has no task for."""
+    record = {'file': str(path), 'width': size[0], 'height': size[1]}
+    for field in 'breed', 'probability', 'breeds', 'species', 'species_probability', 'bbox':
+        record[field] = getattr(prediction, field)
+    if prediction.breeds is not None:
+        record['breeds'] = [{'breed': breed, 'probability': probability} for breed, probability in prediction.breeds]
+    record['mask_coverage'] = None if prediction.mask is None else float(prediction.mask.mean())
+    return record
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('photographs', nargs='*', help='files to look at (default: some test pets)')
+    add('photographs', nargs='*', help='files, folders and patterns to look at (default: some test pets)')
     add('--model', default='mtl_model.pt', metavar='FILE', help='of train_mtl.py (default: %(default)s)')
     add('--data', default='datasets/data_new', metavar='DIR', help='of the test pets (default: %(default)s)')
     add('--count', type=whole_number(1), default=6, help='how many test pets (default: %(default)s)')
     add('--seed', type=whole_number(0), default=0, help='which test pets (default: %(default)s)')
+    add('--flip', action='store_true', help='average with the mirror image: a better head box, in twice the time')
+    add('--json', metavar='FILE', help='write a JSON object a line for each photograph; -: to standard output')
     add('--save-masks', metavar='DIR', help="write each photograph's mask as DIR/NAME_mask.png")
-    add('--out', default='mask.png', metavar='FILE', help='default: %(default)s')
+    add('--cutouts', metavar='DIR', help='write each pet on transparent ground as DIR/NAME_cutout.png')
+    add('--out', default='mask.png', metavar='FILE', help='the picture (default: %(default)s)')
     args = parser.parse_args(argv)
-    if args.save_masks and not args.photographs:
-        parser.error('--save-masks needs photographs')
-    masks = [mask_path(args.save_masks, path) for path in args.photographs if args.save_masks]
-    refuse_to_overwrite([args.out, *masks], [args.model, *args.photographs])
+    if not args.photographs and (args.json or args.save_masks or args.cutouts):
+        parser.error('--json, --save-masks and --cutouts need photographs')
+    photographs = find_photographs(args.photographs)
+    targets = [args.out] + [args.json] * (args.json not in (None, '-'))
+    targets += [mask_path(args, each.name) for each in photographs if args.save_masks]
+    targets += [cutout_path(args, each.name) for each in photographs if args.cutouts]
+    refuse_to_overwrite(targets, [args.model, *(each.path for each in photographs)])
     model = load_model(args.model)
-    if args.photographs:
-        draw_photographs(model, args.photographs, args.save_masks, args.out)
+    if (args.save_masks or args.cutouts) and 'mask' not in model.tasks:
+        raise InputError(f'{args.model}: a network without masks; --save-masks and --cutouts need one')
+    if photographs:
+        look_at_photographs(model, photographs, args)
     else:
-        draw_test_pets(model, args.data, args.count, args.seed, args.out)
+        draw_test_pets(model, args.data, args.count, args.seed, args.out, args.flip)
 
 
 if __name__ == '__main__':

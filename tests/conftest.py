@@ -18,6 +18,8 @@ import data_prepare
 import data_rechunk
 import engine
 import models
+from dataloader_mtl import MTLDataset
+from support.checkpoint import save_checkpoint
 from support.cli import STOP_SIGNALS, run_script
 from support.hdf5 import SPLITS
 from utils import WeightedLoss
@@ -214,6 +216,18 @@ def assert_full_disk_leaves_files(main, arguments, folder, limit):
     assert lines[-1].startswith('error: ') and 'cannot be written and is left as it was (File too large)' in lines[-1]
     assert len(lines) == 1, lines
     assert before == {path: path.read_bytes() for path in folder.rglob('*.h5')} and not list(folder.rglob('*.part'))
+
+
+@pytest.fixture(scope='session')
+def model_path(shared_data, tmp_path_factory):
+    """The model file of an MTLNet that has learned nothing."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('model') / 'mtl_model.pt'
+    dataset = MTLDataset('test', root=shared_data)
+    model = models.MTLNet(n_classes=len(dataset.class_names))
+    content = models.model_content(model, dataset.class_names, dataset.class_species, dataset.image_size)
+    save_checkpoint(path, content)
+    return path
 
 
 @pytest.fixture

@@ -1,27 +1,18 @@
 """Pictures and predictions from a trained model."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import mtl_vis
-from dataloader_mtl import MTLDataset
-from models import MTLNet, UNet, load_model, model_content
+from models import NETWORKS, SharedEncoderNet, UNet, load_model, model_content
 from mtl_vis import main, predict
 from support.checkpoint import save_checkpoint
-from support.cli import InputError
-
-
-@pytest.fixture(scope='module')
-def model_path(shared_data, tmp_path_factory):
-    """The file of a network that has learned nothing."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp('model') / 'mtl_model.pt'
-    dataset = MTLDataset('test', root=shared_data)
-    names, species = dataset.class_names, dataset.class_species
-    save_checkpoint(path, model_content(MTLNet(n_classes=8), names, species, (64, 64)))
-    return path
+from support.cli import run_script
 
 
 def run(*arguments):
@@ -32,37 +23,6 @@ def photograph(path, size=(90, 70), mode='RGB'):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path)
     return path
-
-
-@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L', 'P', 'CMYK', '1'])
-@pytest.mark.parametrize('size', [(90, 70), (33, 200), (64, 64)])
-def test_a_prediction_fits_the_photograph(model_path, mode, size):
-    model = load_model(model_path)
-    prediction = predict(model, Image.new('RGB', size, 'orange').convert(mode))
-    assert prediction.breed in model.class_names and 0 < prediction.probability <= 1
-    assert prediction.mask.shape == size[::-1] and prediction.mask.dtype == bool
-    xmin, ymin, xmax, ymax = prediction.bbox
-    assert 0 <= xmin <= xmax <= size[0] and 0 <= ymin <= ymax <= size[1]
-
-
-def test_a_prediction_is_the_same_each_time(model_path):
-    model, image = load_model(model_path), Image.effect_noise((80, 60), 90)
-    assert not model.training
-    first, second = predict(model, image), predict(model, image)
-    assert first[:3] == second[:3] and (first.mask == second.mask).all()
-
-
-def test_predicting_agrees_with_evaluation(model_path, shared_data):
-    """The same pixels through `predict` and through MTLDataset give the same answer."""
-    dataset, model = MTLDataset('test', root=shared_data), load_model(model_path)
-    image = dataset[4][0]
-    pixels = mtl_vis.denormalise(image)
-    prediction = predict(model, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
-    with torch.inference_mode():
-        outputs = model(image[None])
-    assert prediction.breed == dataset.class_names[outputs.label.argmax()]
-    assert ((outputs.mask[0, 0] > 0).numpy() == prediction.mask).mean() > 0.999
-    assert prediction.bbox == pytest.approx((outputs.bbox[0] * 64).tolist(), abs=1e-2)
 
 
 def test_test_pets_are_drawn_with_target_and_predicted_mask(model_path, shared_data, tmp_path, monkeypatch):
@@ -114,21 +74,130 @@ def test_a_model_without_class_and_box_draws_its_mask(shared_data, tmp_path, cap
     assert capsys.readouterr().out.splitlines()[-2].startswith(f'{tmp_path / "one.png"}: mask ')
 
 
+@pytest.fixture
+def failing(capsys):
+    """Function that runs the script, which must end with exit status 1: (standard output, lines of errors)."""
+
+    def run_and_fail(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: run(*arguments))
+        printed = capsys.readouterr()
+        assert stopped.value.code == 1 and 'Traceback' not in printed.err
+        return printed.out, printed.err.splitlines()
+
+    return run_and_fail
+
+
 @pytest.mark.parametrize('content', [None, b'', b'no picture'])
-def test_a_photograph_that_cannot_be_read_is_named(model_path, tmp_path, error_line, content):
+def test_a_photograph_that_cannot_be_read_is_named(model_path, tmp_path, failing, content):
     path = tmp_path / 'cat.jpg'
     if content is not None:
         path.write_bytes(content)
-    assert str(path) in error_line(main, '--model', model_path, '--out', tmp_path / 'out.png', path)
-    assert not (tmp_path / 'out.png').exists()
+    out, errors = failing('--model', model_path, '--out', tmp_path / 'out.png', path)
+    assert errors[0].startswith(f'error: {path}: ') and errors[1:] == ['error: 1 of 1 photographs cannot be read']
+    assert out == '' and not (tmp_path / 'out.png').exists()
 
 
-def test_unreadable_photograph_does_not_stop_the_others(model_path, tmp_path, error_line):
+def test_unreadable_photograph_does_not_stop_the_others(model_path, tmp_path, failing):
     broken, sound = tmp_path / 'broken.jpg', photograph(tmp_path / 'sound.png')
     broken.write_bytes(b'no picture')
-    line = error_line(main, '--model', model_path, '--out', tmp_path / 'out.png', broken, sound)
-    assert '1 of 2 photographs cannot be read' in line and str(broken) in line
+    options = '--model', model_path, '--out', tmp_path / 'out.png', '--json', tmp_path / 'pets.jsonl'
+    out, errors = failing(*options, broken, sound)
+    assert len(errors) == 2 and errors[0].startswith(f'error: {broken}: ')
+    assert errors[1] == 'error: 1 of 2 photographs cannot be read'
+    assert out.startswith(f'{sound}: ') and len((tmp_path / 'pets.jsonl').read_text().splitlines()) == 1
     assert Image.open(tmp_path / 'out.png').size == (2 * (256 + 44), 199 + 44)
+
+
+def write_kinds(folder):
+    """A photograph of each kind that people have; {name: (width, height) as viewers show it}."""
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new('RGB', (300, 200), 'teal').save(folder / 'phone.jpg', exif=exif)
+    Image.new('RGBA', (60, 40), (255, 0, 0, 128)).save(folder / 'alpha.png')
+    Image.fromarray(np.full((50, 70), 40_000, np.uint16)).save(folder / 'deep.png')
+    Image.new('L', (30, 80), 99).save(folder / 'grey.jpg')
+    Image.new('CMYK', (80, 30)).save(folder / 'print.jpg')
+    Image.new('RGB', (64, 64)).save(folder / 'web.webp')
+    Image.new('RGB', (6000, 4000), 'olive').save(folder / 'large.jpg')
+    Image.new('RGB', (10, 2000)).save(folder / 'strip.png')
+    sizes = {'phone': (200, 300), 'alpha': (60, 40), 'deep': (70, 50), 'grey': (30, 80), 'print': (80, 30)}
+    return sizes | {'web': (64, 64), 'large': (6000, 4000), 'strip': (10, 2000)}
+
+
+def test_photographs_of_all_kinds_give_masks_cutouts_and_json(model_path, tmp_path):
+    (tmp_path / 'in').mkdir()
+    sizes = write_kinds(tmp_path / 'in')
+    outputs = '--save-masks', tmp_path / 'masks', '--cutouts', tmp_path / 'cutouts', '--json', tmp_path / 'pets.jsonl'
+    run('--model', model_path, '--out', tmp_path / 'out.png', *outputs, tmp_path / 'in')
+    records = [json.loads(line) for line in (tmp_path / 'pets.jsonl').read_text().splitlines()]
+    assert len(records) == len(sizes)
+    for record in records:
+        name = Path(record['file']).stem
+        assert (record['width'], record['height']) == sizes[name]
+        assert record['breeds'][0] == {'breed': record['breed'], 'probability': record['probability']}
+        assert len(record['breeds']) == 5 and record['species'] in ('cat', 'dog') and len(record['bbox']) == 4
+        mask, pet = (Image.open(tmp_path / f'{kind}s' / f'{name}_{kind}.png') for kind in ('mask', 'cutout'))
+        assert mask.size == pet.size == sizes[name] and (mask.mode, pet.mode) == ('L', 'RGBA')
+        assert np.mean(np.asarray(mask) == 255) == pytest.approx(record['mask_coverage'])
+
+
+def test_json_on_standard_output_is_alone_there(model_path, tmp_path, capsys):
+    paths = [photograph(tmp_path / f'{number}.png') for number in range(2)]
+    run('--model', model_path, '--out', tmp_path / 'out.png', '--json', '-', *paths)
+    printed = capsys.readouterr()
+    assert [json.loads(line)['file'] for line in printed.out.splitlines()] == list(map(str, paths))
+    assert printed.err == f'{tmp_path / "out.png"}: 2 photographs\n'
+
+
+def test_json_has_null_for_tasks_that_the_model_does_not_have(tmp_path, capsys):
+    save_checkpoint(tmp_path / 'best.pt', model_content(UNet(), ['cat', 'dog'], ['cat', 'dog'], (64, 64)))
+    options = '--model', tmp_path / 'best.pt', '--out', tmp_path / 'out.png', '--json', '-'
+    run(*options, photograph(tmp_path / 'one.png'))
+    record = json.loads(capsys.readouterr().out)
+    nulls = {'breed', 'probability', 'breeds', 'species', 'species_probability', 'bbox'}
+    assert {key for key, value in record.items() if value is None} == nulls
+
+
+def test_folder_of_300_shows_the_first_12_and_keeps_folders_apart(model_path, tmp_path, capsys):
+    folder = tmp_path / 'in'
+    for part in 'a', 'b':
+        (folder / part).mkdir(parents=True)
+        for number in range(150):
+            photograph(folder / part / f'{number:03}.JPG', (20, 16))
+    (folder / 'notes.txt').write_text('no photograph')
+    run('--model', model_path, '--out', tmp_path / 'out.png', '--cutouts', tmp_path / 'cutouts', folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 301 and lines[-1] == f'{tmp_path / "out.png"}: the first 12 of 300 photographs'
+    assert len(list((tmp_path / 'cutouts' / 'b').glob('*_cutout.png'))) == 150
+    assert Image.open(tmp_path / 'out.png').size[1] == 12 * (205 + 44)
+
+
+def test_patterns_and_folders_without_photographs(model_path, tmp_path, capsys, error_line):
+    for name in 'b.png', 'a.png', 'c.jpg':
+        photograph(tmp_path / name)
+    out = '--model', model_path, '--out', tmp_path / 'out.png'
+    run(*out, tmp_path / '[ab].png')
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(': ')[0] for line in lines[:-1]] == [str(tmp_path / name) for name in ('a.png', 'b.png')]
+    assert 'x*.png: no file fits this pattern' in error_line(main, *out, tmp_path / 'x*.png')
+    (tmp_path / 'empty').mkdir()
+    assert 'empty: no image in this folder; looked for .jpg' in error_line(main, *out, tmp_path / 'empty')
+    photograph(tmp_path / '[1].png')  # a name that is there is no pattern
+    run(*out, tmp_path / '[1].png')
+
+
+def test_masks_are_not_asked_of_a_network_without_them(model_path, tmp_path, error_line):
+    class Boxes(SharedEncoderNet):
+        tasks = ('box',)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NETWORKS, 'Boxes', Boxes)
+        save_checkpoint(tmp_path / 'best.pt', model_content(Boxes(), ['cat'], ['cat'], (64, 64)))
+        one = photograph(tmp_path / 'one.png')
+        line = error_line(main, '--model', tmp_path / 'best.pt', '--cutouts', tmp_path / 'cutouts', one)
+    assert 'best.pt: a network without masks' in line
 
 
 def test_no_input_is_overwritten_and_no_mask_twice(model_path, tmp_path, error_line):
@@ -159,16 +228,7 @@ def test_title_with_dollar_or_missing_glyph_gives_no_warning(tmp_path, name):
     assert Image.open(tmp_path / 'mask.png').size == (108, 108)
 
 
-def test_symlink_loop_is_reported_as_unreadable(model_path, tmp_path, error_line):
+def test_symlink_loop_is_reported_as_unreadable(model_path, tmp_path, failing):
     (tmp_path / 'a.jpg').symlink_to('a.jpg')
-    line = error_line(main, tmp_path / 'a.jpg', '--model', model_path, '--out', tmp_path / 'mask.png')
-    assert '1 of 1 photographs cannot be read' in line and 'a.jpg' in line
-
-
-def test_non_finite_prediction_raises_input_error(model_path):
-    model = load_model(model_path)
-    for weights in model.state_dict().values():
-        if weights.is_floating_point():
-            weights.fill_(1e30)
-    with pytest.raises(InputError, match='the model gives no finite numbers'):
-        predict(model, Image.new('RGB', (80, 60)))
+    _, errors = failing(tmp_path / 'a.jpg', '--model', model_path, '--out', tmp_path / 'mask.png')
+    assert 'a.jpg: ' in errors[0] and errors[1] == 'error: 1 of 1 photographs cannot be read'
