@@ -31,6 +31,7 @@ from tqdm import tqdm
 from dataloader_mtl import MTLDataset, denormalise
 from prediction import cutout, load_model, predict
 from support.cli import InputError, one_line, run_script, whole_number
+from support.device import keep_freed_memory
 from support.files import UnreadableFile, read_image, replacing, write_file
 
 PREDICTED, TARGET = '#ff3b30', '#34c759'  # red and green
@@ -282,6 +283,7 @@ def main(argv=None):
     targets += [mask_path(args, each.name) for each in photographs if args.save_masks]
     targets += [cutout_path(args, each.name) for each in photographs if args.cutouts]
     refuse_to_overwrite(targets, [args.model, *(each.path for each in photographs)])
+    keep_freed_memory()
     model = load_model(args.model)
     if (args.save_masks or args.cutouts) and 'mask' not in model.tasks:
         raise InputError(f'{args.model}: a network without masks; --save-masks and --cutouts need one')

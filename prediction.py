@@ -43,7 +43,7 @@ class Prediction(NamedTuple):
     mask_probability: np.ndarray | None  # (H, W) float32 in [0, 1]; the mask is where it is above 0.5
 
 
-def predict(model, images, flip=False, batch_size=16, device=None):
+def predict(model, images, flip=False, batch_size=4, device=None):
     """The Prediction of a model from `load_model` for an image, or for each of many.
 
     Args:
@@ -51,7 +51,7 @@ def predict(model, images, flip=False, batch_size=16, device=None):
             tensor (3, H, W), of any size. Or a list or tuple of images, or an iterator of them.
         flip: average over the image and its mirror image: a box IoU higher by about 0.015, in twice the time. The
             default is the fast way, as masks and breeds hardly gain.
-        batch_size: images that go through the network together.
+        batch_size: images that go through the network together; more pays on a GPU alone.
         device: where to move the model first, such as 'cuda'; None leaves it where it is.
 
     Returns a Prediction for an image, a list of them in order for a list, and an iterator of them for an iterator,
@@ -84,8 +84,9 @@ def iterate(network, model, images, batch_size):
         if not batch:
             return
         device = next(model.parameters()).device
+        pixels = torch.stack(batch).to(device).contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
         with torch.inference_mode():
-            outputs = network(normalise(torch.stack(batch).to(device)))
+            outputs = network(normalise(pixels))
         for row, size in enumerate(sizes):
             yield make_prediction(model, *(each if each is None else each[row] for each in outputs), size)
 
