@@ -547,9 +547,28 @@ def draw_pet(index, seed=0, size=256):
     Returns a `Pet`. The breed is `index % len(BREEDS)`, so that any number of pets is balanced;
     all the rest is random, and decided by (seed, index, size) alone, byte for byte.
     """
-    rng = np.random.default_rng([seed, index])
     number = index % len(BREEDS)
     breed = BREEDS[number]
+    rng, parts, linear, offset, canvas = _scene(breed, index, seed, size)
+    for part in parts:
+        canvas.paint(part, linear, offset)
+
+    image = _develop(rng, canvas.image.reduce(SUPERSAMPLE))
+    mask = np.asarray(canvas.mask.reduce(SUPERSAMPLE)) > 127
+    head = canvas.head.reduce(SUPERSAMPLE).point(lambda value: 255 * (value > 127))
+    return Pet(image, mask.astype(np.uint8)[..., None], np.array(head.getbbox(), np.float32),
+               breed.species, number, f'{breed.name}_{index}')
+
+
+def draw_background(index, seed=0, size=256):
+    """The picture of `draw_pet` with the same arguments, without the pet: (size, size, 3) uint8."""
+    rng, *_, canvas = _scene(BREEDS[index % len(BREEDS)], index, seed, size)
+    return _develop(rng, canvas.image.reduce(SUPERSAMPLE))
+
+
+def _scene(breed, index, seed, size):
+    """What a pet is drawn from: the generator, its parts and where they go, and the canvas with the background."""
+    rng = np.random.default_rng([seed, index])
     sketch = Sketch(breed, rng)
     pose = (_standing, _sitting, _lying, _portrait)[rng.integers(4)]
     pose(sketch)
@@ -561,14 +580,7 @@ def draw_pet(index, seed=0, size=256):
     horizon = np.clip(bottom - rng.uniform(0.1, 0.6) * (bottom - top), 0.2 * side, 0.85 * side)
     ground = None if pose is _portrait else bottom
     canvas = Canvas(_background(rng, side, horizon, ground, (left, right)))
-    for part in sketch.parts:
-        canvas.paint(part, linear, offset)
-
-    image = _develop(rng, canvas.image.reduce(SUPERSAMPLE))
-    mask = np.asarray(canvas.mask.reduce(SUPERSAMPLE)) > 127
-    head = canvas.head.reduce(SUPERSAMPLE).point(lambda value: 255 * (value > 127))
-    return Pet(image, mask.astype(np.uint8)[..., None], np.array(head.getbbox(), np.float32),
-               breed.species, number, f'{breed.name}_{index}')
+    return rng, sketch.parts, linear, offset, canvas
 
 
 # ------------------------------------------------------------------------------------- the sheet

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from synthetic_pets import BREEDS, draw_pet
+from synthetic_pets import BREEDS, draw_background, draw_pet
 
 PETS = [draw_pet(index, size=128) for index in range(40)]
 
@@ -15,6 +15,13 @@ def test_a_pet_depends_on_seed_and_index_alone():
         np.testing.assert_array_equal(one, two)
     assert not np.array_equal(draw_pet(5, seed=1).image, draw_pet(5, seed=2).image)
     assert not np.array_equal(draw_pet(5, seed=1).mask, draw_pet(13, seed=1).mask)
+
+
+def test_background_is_the_picture_without_the_pet():
+    for pet, index in zip(PETS, range(6)):
+        difference = np.abs(draw_background(index, size=128).astype(int) - pet.image).mean(axis=2)
+        inside = pet.mask[..., 0] == 1
+        assert difference[~inside].mean() < 2 and difference[inside].mean() > 20
 
 
 def test_masks_are_pet_and_background_in_sensible_shares():
