@@ -31,7 +31,6 @@ from support.splits import limited, open_split
 MEAN = (0.4773, 0.4458, 0.3949)
 STD = (0.2280, 0.2255, 0.2280)
 
-SIZES = (0.4, 3 / 8), (0.8, 1 / 2), (1, 3 / 4)  # until this share of the epochs, that of the images' size
 VISIBLE_BOX = 0.75  # of a box's area: augmentation drops boxes of which a crop leaves less
 JITTER = 0.3  # strength of `colour_jitter` in training
 MASK_REPEATS = 3  # how often a masked image comes in an epoch where masks are rare
@@ -110,7 +109,7 @@ class RandomCropFlip:
         ratio: smallest and largest ratio of its width to its height.
     """
 
-    def __init__(self, height, width, scale=(0.4, 1.0), ratio=(0.8, 1.25)):
+    def __init__(self, height, width, scale=(0.25, 1.0), ratio=(0.8, 1.25)):
         self.size, self.scale, self.ratio = (height, width), scale, ratio
 
     def draw(self, count, height, width):
@@ -179,6 +178,9 @@ class MTLDataset(Dataset):
         root: the folder with train/, val/ and test/.
         label: 'breed' (breeds.h5), 'species' (binary.h5) or 'auto': the breed if there is a breeds.h5.
         jitter: strength of `colour_jitter` after the transform, in [0, 1).
+        cutmix: share of the images without a mask that a batch mixes with one another, in [0, 1]: CutMix (Yun et al.,
+            ICCV 2019) pastes a rectangle of one into another. Labels of a batch are then shares of the classes, (N,
+            n_classes) float32, all 0 where unknown, and mixed images have no box.
 
     Attributes:
         folder: Path of the split.
@@ -195,11 +197,11 @@ class MTLDataset(Dataset):
     meantime the files may be replaced by ones of the same preparation, as data_rechunk.py does.
     """
 
-    def __init__(self, type='train', transform=None, root='datasets/data_new', label='auto', jitter=0):
+    def __init__(self, type='train', transform=None, root='datasets/data_new', label='auto', jitter=0, cutmix=0):
         if label not in ('auto', 'breed', 'species'):
             raise ValueError(f"label is '{label}'; expected 'auto', 'breed' or 'species'")
         self.folder = Path(root) / type
-        self.transform, self.jitter = transform, jitter
+        self.transform, self.jitter, self.cutmix = transform, jitter, cutmix
         self._readers, self._pid = {}, None
         split = open_split(self.folder, label)
         self.image_size, self.preparation, self._fingerprints = split[:3]
@@ -222,10 +224,13 @@ class MTLDataset(Dataset):
             images, boxes, masks = self._transform_each(index)
         if self.jitter:
             images = colour_jitter(v2.functional.to_dtype(images, torch.float32, scale=True), self.jitter)
+        labels = torch.from_numpy(self.labels[index])
+        if self.cutmix:
+            images, boxes, labels = self._mix(images, boxes, labels, torch.from_numpy(self.labelled['mask'][index]))
         return Sample(
             image=normalise(images),
             bbox=self._relative(boxes, *images.shape[-2:]),
-            label=torch.from_numpy(self.labels[index]),
+            label=labels,
             mask=masks.float().masked_fill_(masks == MASK_UNKNOWN, torch.nan),
         )
 
@@ -243,6 +248,16 @@ class MTLDataset(Dataset):
         if images.is_floating_point():
             images /= 255  # stored as 0-255 whatever the type; torchvision's floats are 0-1
         return images, torch.from_numpy(self.bboxes[indices]), masks
+
+    def _mix(self, images, boxes, labels, has_mask):
+        """CutMix; the labels as shares."""
+        n_classes = len(self.class_names)
+        shares = F.one_hot(labels.clamp(min=0), n_classes).float() * (labels >= 0)[:, None]
+        chosen = ~has_mask & (labels >= 0) & (torch.rand(len(labels)) < self.cutmix)
+        if chosen.sum() > 1:
+            images[chosen], shares[chosen] = v2.CutMix(num_classes=n_classes)(images[chosen], labels[chosen])
+            boxes = boxes.masked_fill(chosen[:, None], torch.nan)
+        return images, boxes, shares
 
     def _transform_each(self, indices):
         """The same after a transform of v2 on each sample."""
@@ -332,17 +347,13 @@ def count_labels(subset):
 # ---- the batches of an epoch
 
 
-def training_size(epoch, epochs, image_size, pretrained=False):
+def training_size(epoch, epochs, image_size, sizes):
     """(height, width) in pixels to train at in `epoch`, from 1, of `epochs`.
 
-    From scratch, a share of the stored images' size that grows with the epochs (SIZES): many epochs of small images
-    teach more than few of larger ones (progressive resizing: Howard, fast.ai on DAWNBench, 2018). It ends at three
-    quarters, at which crops show their objects about as large as the whole images of evaluation do. With
-    `pretrained`, an encoder that has learned from larger images, it is three quarters throughout. Rounded down to a
+    `sizes` are pairs: until this share of the epochs, that share of the stored images' size; rounded down to a
     multiple of 16, at least 64.
     """
-    done = (epoch - 1) / epochs
-    scale = 3 / 4 if pretrained else next(scale for end, scale in SIZES if done < end)
+    scale = next(scale for end, scale in sizes if (epoch - 1) / epochs < end)
     return tuple(max(64, int(side * scale) // 16 * 16) for side in image_size)
 
 

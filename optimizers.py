@@ -58,8 +58,8 @@ class MuonAdamW(torch.optim.AdamW):
         super().step()
 
 
-def make_optimizer(model, weighting, lr, encoder_lr, pretrained=False):
-    """AdamW, with Muon for the hidden convolutions of a network from scratch, not of one with a `pretrained` encoder.
+def make_optimizer(model, weighting, lr, encoder_lr, muon=True):
+    """AdamW, and with `muon` Muon for the hidden convolutions.
 
     Weight decay is on the weights of convolutions and linear layers alone.
     """
@@ -67,14 +67,15 @@ def make_optimizer(model, weighting, lr, encoder_lr, pretrained=False):
     encoder, others = list(model.encoder.parameters()), list(weighting.parameters())
     others += [p for name, p in model.named_parameters() if not name.startswith('encoder.')]
     for parameters, rate in (encoder, encoder_lr), (others, lr):
-        kinds = [(p, not pretrained and is_hidden_convolution(p)) for p in parameters]
-        for muon, decay, chosen in (
-            (True, WEIGHT_DECAY, [p for p, muon in kinds if muon]),
-            (False, WEIGHT_DECAY, [p for p, muon in kinds if not muon and p.ndim > 1]),
-            (False, 0, [p for p, muon in kinds if p.ndim <= 1]),
+        hidden = [p for p in parameters if muon and is_hidden_convolution(p)]
+        known = set(map(id, hidden))
+        for by_muon, decay, chosen in (
+            (True, WEIGHT_DECAY, hidden),
+            (False, WEIGHT_DECAY, [p for p in parameters if id(p) not in known and p.ndim > 1]),
+            (False, 0, [p for p in parameters if p.ndim <= 1]),
         ):
             if chosen:
-                groups.append({'params': chosen, 'lr': rate, 'weight_decay': decay, 'muon': muon})
+                groups.append({'params': chosen, 'lr': rate, 'weight_decay': decay, 'muon': by_muon})
     return MuonAdamW(groups, lr, fused=True)
 
 

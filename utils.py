@@ -25,8 +25,8 @@ def mask_known(mask):
 
 
 def label_known(label):
-    """(N,) -> (N,) bool."""
-    return label >= 0
+    """(N,), or shares of the classes (N, n_classes) -> (N,) bool."""
+    return label.sum(dim=1) > 0 if label.ndim == 2 else label >= 0
 
 
 def box_known(bbox):
@@ -78,7 +78,7 @@ class MaskLoss(nn.Module):
 
 
 class ClassLoss(nn.Module):
-    """Cross-entropy with label smoothing (Szegedy et al., CVPR 2016)."""
+    """Cross-entropy with label smoothing (Szegedy et al., CVPR 2016), of labels or shares of the classes."""
 
     def __init__(self, smoothing=0.1):
         super().__init__()

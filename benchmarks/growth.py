@@ -32,7 +32,7 @@ from utils import WeightedLoss
 keep_freed_memory()
 part, device = load_splits(sys.argv[1], MTLNet.tasks)['train'], torch.device('cpu')
 model, weighting = MTLNet(n_classes=len(part.dataset.class_names)), WeightedLoss.equal(MTLNet.tasks)
-run = engine.Run(model, weighting, part.dataset, len(part), 0.003, 0.003, False, device)
+run = engine.Run(model, weighting, part.dataset, len(part), 0.003, 0.003, True, device)
 """
 TRAIN = """
 part.dataset.transform, part.dataset.jitter = RandomCropFlip(*part.dataset.image_size), JITTER

@@ -44,7 +44,8 @@ def make_run(line, dataset):
     if line.study:
         run = StudyRun(model, dataset, CPU)
     else:
-        run = engine.Run(model, WeightedLoss.equal(model.tasks), dataset, 10**6, 3e-3, 1e-3, bool(line.encoder), CPU)
+        weighting = WeightedLoss.equal(model.tasks)
+        run = engine.Run(model, weighting, dataset, 10**6, 3e-3, 1e-3, not line.encoder, CPU)
     run.objective.bfloat16 = line.bfloat16
     run.model.to(memory_format=memory_format(line)).train()
     return run

@@ -51,7 +51,7 @@ from support.device import keep_freed_memory, seed_everything
 from utils import WeightedLoss
 
 CPU = torch.device('cpu')
-RECIPE = engine.training_parser('', out='').parse_args([])
+OPTIONS = engine.training_parser('', out='').parse_args([])
 IMAGENET = ('tf_efficientnet_lite0', 'imagenet')
 
 
@@ -65,7 +65,11 @@ class Contender(NamedTuple):
 
     @property
     def batch_size(self):
-        return BATCH_SIZE if self.study else RECIPE.batch_size
+        return BATCH_SIZE if self.study else OPTIONS.batch_size
+
+    @property
+    def recipe(self):
+        return engine.PRETRAINED if self.encoder else engine.SCRATCH
 
 
 CONTENDERS = {
@@ -89,24 +93,22 @@ def make_run(contender, rate, dataset, steps):
         model = contender.network(n_classes=len(dataset.class_names))
     if contender.study:
         return StudyRun(model, dataset, CPU)
-    encoder_rate = rate * (engine.PRETRAINED_SHARE if contender.encoder else 1)
-    return engine.Run(
-        model, WeightedLoss.equal(model.tasks), dataset, steps, rate, encoder_rate, bool(contender.encoder), CPU
-    )
+    recipe, weighting = contender.recipe, WeightedLoss.equal(model.tasks)
+    return engine.Run(model, weighting, dataset, steps, rate, rate * recipe.encoder_lr, recipe.muon, CPU)
 
 
 def size_steps(contender, steps, image_size):
     """{image size: how many of the steps}, in order."""
     if contender.study:
         return {image_size: steps}
-    pretrained = bool(contender.encoder)
-    return Counter(training_size(step, steps, image_size, pretrained) for step in range(1, steps + 1))
+    return Counter(training_size(step, steps, image_size, contender.recipe.sizes) for step in range(1, steps + 1))
 
 
 def train_steps(run, contender, part, size, steps, args, seed, before_step=lambda batches: None):
     """Train on `steps` batches at one image size; `before_step` is called with them, an EpochBatches."""
-    part.dataset.transform = None if contender.study else RandomCropFlip(*size)
-    part.dataset.jitter = 0 if contender.study else JITTER
+    if not contender.study:
+        part.dataset.transform = RandomCropFlip(*size, contender.recipe.crop)
+        part.dataset.jitter, part.dataset.cutmix = JITTER, contender.recipe.cutmix
     positions, count = epoch_positions(part), steps * contender.batch_size
     epochs = [positions[torch.randperm(len(positions))] for _ in range(math.ceil(count / len(positions)))]
     batches = EpochBatches(part, split_batches(torch.cat(epochs)[:count], contender.batch_size), seed, size[0])
@@ -178,7 +180,7 @@ def planned(args):
         for name in args.only:
             contender = CONTENDERS[name]
             if number < (args.seeds if contender.ours else args.seeds_of_others):
-                rates = [LEARNING_RATE] if contender.study else args.rates if name == 'reference' else [RECIPE.lr]
+                rates = [LEARNING_RATE] if contender.study else args.rates if name == 'reference' else [OPTIONS.lr]
                 yield from ((name, rate, args.seed + number) for rate in rates)
 
 
@@ -196,7 +198,7 @@ def main(argv=None):
     add('--rates', type=positive_number, nargs='+', default=[1e-3, 3e-3, 1e-2], metavar='LR', help=rates)
     add('--only', choices=CONTENDERS, nargs='+', default=list(CONTENDERS), help='train these now')
     add('--threads', type=whole_number(1), default=threads, help='default: %(default)s')
-    add('--workers', type=whole_number(0), default=RECIPE.workers, help='as in train_mtl.py (default: %(default)s)')
+    add('--workers', type=whole_number(0), default=OPTIONS.workers, help='as in train_mtl.py (default: %(default)s)')
     add('--out', type=Path, default=out, metavar='DIR', help='default: %(default)s')
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

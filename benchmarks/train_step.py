@@ -92,7 +92,10 @@ def recipe_cases(data):
     dataset = part.dataset
     indices = torch.as_tensor(part.indices)[epoch_positions(part)]
     share = float(dataset.labelled['mask'][indices].mean())
-    epochs = Counter(training_size(each, options.epochs, dataset.image_size) for each in range(1, options.epochs + 1))
+    epochs = Counter(
+        training_size(each, options.epochs, dataset.image_size, engine.SCRATCH.sizes)
+        for each in range(1, options.epochs + 1)
+    )
     name = list(WATERFALL)[-1]
     return {
         f'+ {share:.0%} of the images decoded': {Case(name, dataset.image_size, share): 1},

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -375,7 +376,7 @@ def test_crops_lie_in_the_image_and_have_areas_and_ratios_of_the_ranges(image_si
 def test_crops_have_the_distribution_of_torchvisions():
     """Also where many a crop does not fit into the image and is drawn again."""
     torch.manual_seed(0)
-    found, _ = RandomCropFlip(64, 64).draw(2000, 64, 96)
+    found, _ = RandomCropFlip(64, 64, scale=(0.4, 1.0)).draw(2000, 64, 96)
     crop, image = v2.RandomResizedCrop(64, scale=(0.4, 1.0), ratio=(0.8, 1.25)), torch.empty(1, 64, 96)
     drawn = [crop.make_params([image]) for _ in range(2000)]
     expected = torch.tensor([[each[key] for key in ('top', 'left', 'height', 'width')] for each in drawn]).double()
@@ -660,12 +661,35 @@ def test_images_without_a_label_for_the_network_are_not_used(data, tmp_path):
     assert len(dataset.with_labels(['mask', 'class', 'box'])) == 36
 
 
-def test_size_grows_from_three_eighths_to_three_quarters():
-    sizes = [training_size(epoch, 20, (256, 192)) for epoch in range(1, 21)]
+def test_size_grows_with_the_epochs():
+    shares = (0.4, 3 / 8), (0.8, 1 / 2), (1, 3 / 4)
+    sizes = [training_size(epoch, 20, (256, 192), shares) for epoch in range(1, 21)]
     assert sizes == [(96, 64)] * 8 + [(128, 96)] * 8 + [(192, 144)] * 4
-    assert {training_size(epoch, 20, (256, 192), pretrained=True) for epoch in range(1, 21)} == {(192, 144)}
-    assert training_size(1, 10, (64, 80)) == (64, 64)
-    assert training_size(1, 1, (256, 256)) == (96, 96)
+    assert training_size(1, 10, (64, 80), shares) == (64, 64)
+    assert training_size(1, 1, (256, 256), shares) == (96, 96)
+
+
+def test_cutmix_pastes_rectangles_of_images_without_a_mask(shared_data):
+    torch.manual_seed(0)
+    plain, mixing = MTLDataset('train', root=shared_data), MTLDataset('train', root=shared_data, cutmix=1)
+    for dataset in plain, mixing:
+        dataset.labelled['mask'][:4], dataset.labels[:4] = False, range(4)
+    mixing.labels[5] = -1
+    before, after = plain[list(range(6))], mixing[list(range(6))]
+    n_classes = len(plain.class_names)
+    rolled = before.image[:4].roll(1, 0)
+    changed = (after.image[:4] != before.image[:4]).any(dim=1)
+    share = 1 - changed.float().mean(dim=(1, 2))
+    assert 0 < share.min() and share.max() < 1
+    for row in range(4):
+        assert torch.equal(after.image[row][:, changed[row]], rolled[row][:, changed[row]])
+    own, other = (F.one_hot(labels, n_classes) for labels in (before.label[:4], before.label[:4].roll(1, 0)))
+    weight = after.label[:4].gather(1, before.label[:4, None])
+    torch.testing.assert_close(after.label[:4], weight * own + (1 - weight) * other)
+    assert weight[:, 0] == pytest.approx(share, abs=0.02)
+    assert after.bbox[:4].isnan().all() and torch.equal(after.bbox[4:], before.bbox[4:])
+    assert torch.equal(after.image[4:], before.image[4:])
+    assert after.label[4].argmax() == before.label[4] and after.label[4].sum() == 1 and after.label[5].sum() == 0
 
 
 @pytest.mark.parametrize('masks, times', [(36, 1), (12, 1), (11, 3), (1, 3), (0, 1)])

@@ -71,14 +71,14 @@ def test_encoder_has_a_learning_rate_of_its_own_and_only_weights_decay(network):
     assert found == expected
 
 
-@pytest.mark.parametrize('pretrained', [False, True])
-def test_muon_takes_the_hidden_convolutions_of_a_network_from_scratch(full_networks, pretrained):
+@pytest.mark.parametrize('muon', [True, False])
+def test_muon_takes_the_hidden_convolutions(full_networks, muon):
     model = MTLNet()
-    groups = make_optimizer(model, WeightedLoss.equal(model.tasks), 1, 1, pretrained).param_groups
+    groups = make_optimizer(model, WeightedLoss.equal(model.tasks), 1, 1, muon).param_groups
     chosen = {id(p) for group in groups if group['muon'] for p in group['params']}
     last = 'decoder.logits.weight', 'class_head.logits.weight', 'box_head.corners.1.weight'
     hidden = {id(p) for name, p in model.named_parameters() if p.ndim > 1 and name not in last}
-    assert chosen == (set() if pretrained else hidden)
+    assert chosen == (hidden if muon else set())
     depthwise, pointwise = nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 64, 1)
     assert not optimizers.is_hidden_convolution(depthwise.weight) and optimizers.is_hidden_convolution(pointwise.weight)
 

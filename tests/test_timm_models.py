@@ -164,8 +164,8 @@ def test_resume_with_an_encoder_of_timm_is_bit_exact(shared_data, tmp_path, monk
 def test_encoder_with_weights_learns_at_a_fifth_of_the_rate(
     shared_data, tmp_path, monkeypatch, weights_file, more, expected
 ):
-    def make_optimizer(model, weighting, lr, encoder_lr, pretrained):
-        assert (lr, encoder_lr, pretrained) == (0.003, pytest.approx(expected), True)
+    def make_optimizer(model, weighting, lr, encoder_lr, muon):
+        assert (lr, encoder_lr, muon) == (0.003, pytest.approx(expected), False)
         raise InputError('as far as that')
 
     monkeypatch.setattr(engine, 'make_optimizer', make_optimizer)
