@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from dataloader_mtl import MTLDataset, denormalise
 from prediction import cutout, load_model, predict
-from support.cli import InputError, one_line, run_script, whole_number
+from support.cli import InputError, file_to_write, one_line, run_script, whole_number
 from support.device import keep_freed_memory
 from support.files import UnreadableFile, read_image, replacing, write_file
 
@@ -184,10 +184,11 @@ def find_photographs(arguments):
             if not files:
                 raise InputError(f'{path}: no image in this folder; looked for {", ".join(SUFFIXES)}')
         elif not path.exists() and glob.has_magic(argument):
-            files = sorted(each for each in map(Path, glob.glob(argument, recursive=True)) if each.is_file())
+            files = map(Path, glob.glob(argument, recursive=True))
+            files = sorted(each for each in files if each.suffix.lower() in SUFFIXES and each.is_file())
             found += [Photograph(each, each.stem) for each in files]
             if not files:
-                raise InputError(f'{argument}: no file fits this pattern')
+                raise InputError(f'{argument}: no image fits this pattern; looked for {", ".join(SUFFIXES)}')
         else:
             found.append(Photograph(path, path.stem))
     return found
@@ -230,7 +231,7 @@ def look_at_photographs(model, photographs, args):
                 mask = Image.fromarray(prediction.mask.astype(np.uint8) * 255)
                 write_file(mask_path(args, name), partial(mask.save, format='PNG'))
             if args.cutouts or seen <= DRAWN:
-                image = read_image(path, upright=True)  # again, as keeping a batch of them would take much memory
+                image = read_again(path)  # as keeping a batch of them would take much memory
                 if args.cutouts:
                     write_file(cutout_path(args, name), partial(cutout(image, prediction).save, format='PNG'))
                 if seen <= DRAWN:
@@ -241,6 +242,13 @@ def look_at_photographs(model, photographs, args):
         print(f'{args.out}: {what}', file=sys.stderr if args.json == '-' else sys.stdout)
     if broken:
         raise InputError(f'{broken} of {len(photographs)} photographs cannot be read')
+
+
+def read_again(path):
+    try:
+        return read_image(path, upright=True)
+    except UnreadableFile as error:
+        raise InputError(f'{error}; it was changed meanwhile') from None
 
 
 def mask_path(args, name):
@@ -262,6 +270,10 @@ def as_json(path, size, prediction):
     return record
 
 
+def json_target(text):
+    return text if text == '-' else file_to_write(text)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -271,10 +283,10 @@ def main(argv=None):
     add('--count', type=whole_number(1), default=6, help='how many test pets (default: %(default)s)')
     add('--seed', type=whole_number(0), default=0, help='which test pets (default: %(default)s)')
     add('--flip', action='store_true', help='average with the mirror image: a better head box, in twice the time')
-    add('--json', metavar='FILE', help='write a JSON object a line for each photograph; -: to standard output')
+    add('--json', type=json_target, metavar='FILE', help='write a line of JSON for each photograph; -: print it')
     add('--save-masks', metavar='DIR', help="write each photograph's mask as DIR/NAME_mask.png")
     add('--cutouts', metavar='DIR', help='write each pet on transparent ground as DIR/NAME_cutout.png')
-    add('--out', default='mask.png', metavar='FILE', help='the picture (default: %(default)s)')
+    add('--out', type=file_to_write, default='mask.png', metavar='FILE', help='the picture (default: %(default)s)')
     args = parser.parse_args(argv)
     if not args.photographs and (args.json or args.save_masks or args.cutouts):
         parser.error('--json, --save-masks and --cutouts need photographs')

@@ -9,6 +9,7 @@ cutout('cat.jpg', prediction).save('cutout.png')
 
 import os
 from collections.abc import Iterable
+from io import IOBase
 from itertools import islice
 from typing import NamedTuple
 
@@ -58,15 +59,18 @@ def predict(model, images, flip=False, batch_size=4, device=None):
     which holds one batch of images, at the size of the model, at any time. Paths and PIL images are rotated as their
     EXIF says, as viewers show them; arrays and tensors are taken as they are.
 
-    Raises ValueError for anything else, UnreadableFile for a file that is no image, and InputError for a model that
-    gives numbers that are not finite; for an image of a batch, before the first prediction of the batch.
+    `model` is in evaluation mode, as `load_model` leaves it. Raises ValueError for anything else, UnreadableFile for a
+    file that is no image, and InputError for a model that gives numbers that are not finite; for an image of a batch,
+    before the first prediction of the batch.
     """
+    if batch_size < 1:
+        raise ValueError(f'batch_size {batch_size}; expected 1 or more')
     if device is not None:
         model.to(device)
     network = FlipAveraged(model) if flip else model
     if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, torch.Tensor)):
         return next(iterate(network, model, [images], 1))
-    if not isinstance(images, Iterable) or isinstance(images, (bytes, dict, set)):
+    if not isinstance(images, Iterable) or isinstance(images, (bytes, dict, set, IOBase)):
         refuse(images)
     predictions = iterate(network, model, images, batch_size)
     return list(predictions) if isinstance(images, (list, tuple)) else predictions

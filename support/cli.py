@@ -171,6 +171,7 @@ def positive_number(text):
 def file_to_write(text):
     """An argparse type: a path where a file can be written, so that the script fails before it trains."""
     folder = next(parent for parent in Path(text).absolute().parents if parent.exists())
-    if Path(text).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    other = Path(text).exists() and not Path(text).is_file()  # a folder, a device
+    if not text or other or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"'{text}' is not a file that can be written")
     return text

@@ -35,8 +35,8 @@ def replacing(path):
     removed. An OSError without another file's name becomes an InputError that names `path`.
     """
     target = Path(os.path.realpath(path))  # a link's target is replaced, not the link
-    if target.is_dir():
-        raise InputError(f'{target}: is a folder; expected the name of a file to write')
+    if target.exists() and not target.is_file():  # a folder, or a device or a pipe, which would be replaced, too
+        raise InputError(f'{target}: is not a file; expected the name of a file to write')
     # With the process's number, two processes that write one path cannot mix their files.
     part = target.with_name(f'{target.name}.{os.getpid()}.part')
     try:

@@ -38,13 +38,16 @@ def test_the_old_file_stays_if_the_block_raises(tmp_path):
     assert path.read_text() == 'old' and os.listdir(tmp_path) == ['a']
 
 
-def test_a_links_target_is_replaced_and_a_folder_is_refused(tmp_path):
+def test_a_links_target_is_replaced_and_a_folder_or_a_pipe_is_refused(tmp_path):
     (tmp_path / 'disk').mkdir()
     (tmp_path / 'link').symlink_to(tmp_path / 'disk' / 'file')
     write_file(tmp_path / 'link', lambda file: file.write(b'x'))
     assert (tmp_path / 'link').is_symlink() and (tmp_path / 'disk' / 'file').read_bytes() == b'x'
-    with pytest.raises(InputError, match='disk: is a folder'):
-        write_file(tmp_path / 'disk', lambda file: None)
+    os.mkfifo(tmp_path / 'pipe')
+    for name in 'disk', 'pipe':
+        with pytest.raises(InputError, match=f'{name}: is not a file; expected the name of a file to write'):
+            write_file(tmp_path / name, lambda file: None)
+    assert (tmp_path / 'pipe').is_fifo()
 
 
 def test_folder_that_is_a_file_is_refused(tmp_path):

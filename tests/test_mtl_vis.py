@@ -181,7 +181,7 @@ def test_patterns_and_folders_without_photographs(model_path, tmp_path, capsys, 
     run(*out, tmp_path / '[ab].png')
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(': ')[0] for line in lines[:-1]] == [str(tmp_path / name) for name in ('a.png', 'b.png')]
-    assert 'x*.png: no file fits this pattern' in error_line(main, *out, tmp_path / 'x*.png')
+    assert 'x*.png: no image fits this pattern; looked for .jpg' in error_line(main, *out, tmp_path / 'x*.png')
     (tmp_path / 'empty').mkdir()
     assert 'empty: no image in this folder; looked for .jpg' in error_line(main, *out, tmp_path / 'empty')
     photograph(tmp_path / '[1].png')  # a name that is there is no pattern
