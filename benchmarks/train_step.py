@@ -137,7 +137,7 @@ def main(argv=None):
     add = parser.add_argument
     add('--rounds', type=whole_number(1), default=5, help='default: %(default)s')
     add('--seconds', type=positive_number, default=1.0, help='of a line in a round (default: %(default)s)')
-    add('--batch-size', type=whole_number(1), default=32, help='images of a step (default: %(default)s)')
+    add('--batch-size', type=whole_number(1), default=16, help='images of a step (default: %(default)s)')
     add('--threads', type=whole_number(1), default=threads, help='default: %(default)s')
     args = parser.parse_args(argv)
     import_smp()

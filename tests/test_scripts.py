@@ -29,6 +29,7 @@ SCRIPTS = [name for name in SOURCES if '.' not in name]
 MAINS = (
     'data_prepare',
     'data_rechunk',
+    'export_onnx',
     'mtl_vis',
     'oeq_weighting',
     'synthetic_pets',
@@ -40,11 +41,11 @@ MAINS = (
 LEVELS = (
     ('synthetic_pets',),
     ('data_rechunk', 'data_prepare'),
-    ('dataloader_mtl', 'utils'),
+    ('dataloader_mtl', 'utils', 'optimizers'),
     ('models',),
-    ('evaluation',),
+    ('evaluation', 'prediction'),
     ('engine',),
-    ('train_mtl', 'train_baseline', 'train_ablation', 'mtl_vis'),
+    ('train_mtl', 'train_baseline', 'train_ablation', 'mtl_vis', 'export_onnx'),
     ('oeq_weighting',),
 )
 QUICK = ('--epochs', 1, '--limit-batches', 1)
@@ -108,7 +109,8 @@ def test_imports_run_one_way():
     for name in 'support.cli', 'support.files', 'support.hdf5':
         assert not any(other.split('.')[0] in ('torch', 'torchvision') for other in imports_of(name)), name
     assert not imports_of('support.cli') & set(SOURCES)
-    assert not imports_of('mtl_vis') & {'engine', 'data_prepare', 'data_rechunk'}
+    for name in 'mtl_vis', 'prediction', 'export_onnx':
+        assert not imports_of(name) & {'engine', 'evaluation', 'data_prepare', 'data_rechunk'}, name
 
 
 def test_no_name_hides_a_builtin():
