@@ -17,6 +17,7 @@ import argparse
 import time
 import zlib
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ from dataloader_mtl import (
 from evaluation import evaluate, forward, run_test, to_device
 from models import load_model, model_content
 from optimizers import make_average, make_optimizer, make_schedule
+from pseudo_labels import epoch_of_labels, unlabelled, write_pseudo_labels
 from support.checkpoint import TRAINING_FORMAT, find_checkpoint, is_finite, load_checkpoint, save_checkpoint, save_last
 from support.cli import InputError, Stopped, StopRequest, positive_number, reason, whole_number
 from support.device import choose_device, has_fast_bfloat16, keep_freed_memory, seed_everything
@@ -56,7 +58,9 @@ class Recipe(NamedTuple):
 
     sizes: tuple  # see `training_size`
     crop: tuple  # smallest and largest area of a crop, as a share of the image's
+    mask_repeats: int  # see `epoch_positions`
     cutmix: float  # see MTLDataset
+    pseudo_labels: tuple  # after these shares of the epochs, the network labels what has no mask or box
     muon: bool  # whether Muon trains the convolutions, or AdamW
     encoder_lr: float  # as a share of --lr
 
@@ -64,8 +68,18 @@ class Recipe(NamedTuple):
 # Many epochs of small images teach more than few of larger ones (progressive resizing: Howard, fast.ai on DAWNBench,
 # 2018). At the end it is three quarters of the size, at which crops show their objects about as large as the whole
 # images of evaluation do. An encoder that has learned from larger images trains at that size throughout.
-SCRATCH = Recipe(((0.3, 3 / 8), (0.65, 1 / 2), (1, 3 / 4)), crop=(0.25, 1.0), cutmix=0.5, muon=True, encoder_lr=1)
-PRETRAINED = Recipe(((1, 3 / 4),), crop=(0.4, 1.0), cutmix=0, muon=False, encoder_lr=0.2)
+SCRATCH = Recipe(
+    sizes=((0.3, 3 / 8), (0.65, 1 / 2), (1, 3 / 4)),
+    crop=(0.25, 1.0),
+    mask_repeats=2,
+    cutmix=0.5,
+    pseudo_labels=(1 / 2, 3 / 4),
+    muon=True,
+    encoder_lr=1,
+)
+PRETRAINED = Recipe(
+    sizes=((1, 3 / 4),), crop=(0.4, 1.0), mask_repeats=3, cutmix=0, pseudo_labels=(), muon=False, encoder_lr=0.2
+)
 
 
 def training_parser(description, out):
@@ -350,11 +364,12 @@ def train(network, weighting, args):
         device = choose_device(args.device)
         splits = load_splits(args.data, network.tasks, args.limit_batches and args.limit_batches * args.batch_size)
         train_set = splits['train'].dataset
-        positions = epoch_positions(splits['train'])
-        steps = steps_per_epoch(positions, args.batch_size)
         checkpoint = on_main_process(lambda: find_checkpoint(out, args.resume))
         encoder_weights = choose_weights(args.encoder, args.encoder_weights)
         recipe = SCRATCH if encoder_weights == 'none' else PRETRAINED
+        positions = epoch_positions(splits['train'], recipe.mask_repeats)
+        steps = steps_per_epoch(positions, args.batch_size)
+        pseudo_shares = recipe.pseudo_labels if unlabelled(splits['train'], network.tasks) else ()
         train_set.jitter, train_set.cutmix = JITTER, recipe.cutmix
         encoder_lr = args.encoder_lr or args.lr * recipe.encoder_lr
         model = make_model(network, train_set, args.encoder, encoder_weights, read_weights=not checkpoint)
@@ -388,6 +403,14 @@ def train(network, weighting, args):
             for epoch in range(len(run.history) + 1, args.epochs + 1):
                 size = training_size(epoch, args.epochs, train_set.image_size, recipe.sizes)
                 train_set.transform = RandomCropFlip(*size, recipe.crop)
+                if labels_epoch := epoch_of_labels(epoch, args.epochs, pseudo_shares):
+                    path = out / 'pseudo_labels.h5'
+                    if run.position() == (labels_epoch, 0):
+                        largest = training_size(args.epochs, args.epochs, train_set.image_size, recipe.sizes)
+                        options = {'size': largest, 'bfloat16': run.bfloat16, 'before_batch': check}
+                        label = partial(write_pseudo_labels, path, epoch, run.average.module, splits['train'], device)
+                        on_main_process(partial(label, **options))
+                    train_set.use_pseudo_labels(path, labels_epoch)
                 seed_everything(args.seed, epoch)
                 order = positions[torch.randperm(len(positions))]
                 batches = EpochBatches(splits['train'], split_batches(order, args.batch_size), args.seed, epoch)

@@ -30,6 +30,7 @@ from steps import CPU, OURS, make_batch, make_run, seconds_per_step
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
+import engine
 from data_rechunk import rechunk_file
 from dataloader_mtl import (
     JITTER,
@@ -157,7 +158,7 @@ def main(argv=None):
         chosen = torch.randperm(len(MTLDataset('train', root=data)))[: args.count].sort().values.tolist()
         write_study_files(folder, chosen, scratch)
         plain, checked = (write_split(folder, chosen, scratch / f'checksums_{each}', each) for each in (False, True))
-        positions = epoch_positions(Subset(plain, range(len(plain))))
+        positions = epoch_positions(Subset(plain, range(len(plain))), engine.SCRATCH.mask_repeats)
         order = positions[torch.randperm(len(positions))].tolist()
         kernels = Kernels(plain, order)
         share = float(plain.labelled['mask'][order].mean())

@@ -109,7 +109,7 @@ def train_steps(run, contender, part, size, steps, args, seed, before_step=lambd
     if not contender.study:
         part.dataset.transform = RandomCropFlip(*size, contender.recipe.crop)
         part.dataset.jitter, part.dataset.cutmix = JITTER, contender.recipe.cutmix
-    positions, count = epoch_positions(part), steps * contender.batch_size
+    positions, count = epoch_positions(part, contender.recipe.mask_repeats), steps * contender.batch_size
     epochs = [positions[torch.randperm(len(positions))] for _ in range(math.ceil(count / len(positions)))]
     batches = EpochBatches(part, split_batches(torch.cat(epochs)[:count], contender.batch_size), seed, size[0])
     loader = batches.loader(0, args.workers, CPU)

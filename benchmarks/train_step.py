@@ -32,6 +32,7 @@ from steps import FAST, OURS, REFERENCE, Line, convolution_flops, make_batch, ma
 import engine
 from dataloader_mtl import epoch_positions, load_splits, training_size
 from models import MTLNet, UNet
+from pseudo_labels import epoch_of_labels
 from support.cli import positive_number, run_script, whole_number
 from support.device import keep_freed_memory
 
@@ -88,18 +89,19 @@ def measure(case, seconds):
 
 def recipe_cases(data):
     """The parts of the last two lines of the waterfall: {line: {Case: epochs}}."""
-    part, options = load_splits(data, MTLNet.tasks)['train'], engine.training_parser('', out='').parse_args([])
-    dataset = part.dataset
-    indices = torch.as_tensor(part.indices)[epoch_positions(part)]
-    share = float(dataset.labelled['mask'][indices].mean())
-    epochs = Counter(
-        training_size(each, options.epochs, dataset.image_size, engine.SCRATCH.sizes)
-        for each in range(1, options.epochs + 1)
-    )
-    name = list(WATERFALL)[-1]
+    part, epochs = load_splits(data, MTLNet.tasks)['train'], engine.training_parser('', out='').parse_args([]).epochs
+    recipe, dataset, name = engine.SCRATCH, part.dataset, list(WATERFALL)[-1]
+    indices = torch.as_tensor(part.indices)[epoch_positions(part, recipe.mask_repeats)]
+    masked = float(dataset.labelled['mask'][indices].mean())
+    with_pseudo_masks = masked + (1 - masked) * (1 - recipe.cutmix)
+    cases = Counter()
+    for epoch in range(1, epochs + 1):
+        share = with_pseudo_masks if epoch_of_labels(epoch, epochs, recipe.pseudo_labels) else masked
+        cases[Case(name, training_size(epoch, epochs, dataset.image_size, recipe.sizes), share)] += 1
+    share = sum(case.share * count for case, count in cases.items()) / epochs
     return {
         f'+ {share:.0%} of the images decoded': {Case(name, dataset.image_size, share): 1},
-        '+ image sizes of the recipe': {Case(name, size, share): count for size, count in epochs.items()},
+        '+ image sizes of the recipe': cases,
     }
 
 

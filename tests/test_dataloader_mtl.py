@@ -697,7 +697,7 @@ def test_masked_images_are_oversampled_if_masks_are_rare(shared_data, masks, tim
     dataset = MTLDataset('train', root=shared_data)
     dataset.labelled['mask'][masks:] = False
     part = Subset(dataset, range(35, -1, -1))
-    positions = epoch_positions(part)
+    positions = epoch_positions(part, repeats=3)
     counts = torch.bincount(torch.tensor(part.indices)[positions], minlength=36)
     assert counts.tolist() == [times] * masks + [1] * (36 - masks)
 
