@@ -85,13 +85,16 @@ def is_hidden_convolution(parameter):
 
 
 def make_schedule(optimizer, total_steps):
-    """The learning rate of each step: a warm-up to that of the optimiser and a cosine to almost zero.
+    """The learning rate of each step: in straight lines from a 25th of the optimiser's to all of it and to almost zero.
 
-    Smith and Topin 2018. The first of Adam's betas moves from 0.95 to 0.85 and back meanwhile.
+    Smith and Topin 2018; after a cosine, the last epochs would teach nothing. The first of Adam's betas moves from
+    0.95 to 0.85 and back meanwhile.
     """
     rates = [group['lr'] for group in optimizer.param_groups]
-    # OneCycleLR divides by zero for 5 steps.
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=max(6, total_steps), pct_start=0.2)
+    steps = max(6, total_steps + 1)  # and the one after the last; OneCycleLR divides by zero for 5
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=steps, pct_start=0.2, anneal_strategy='linear'
+    )
 
 
 def make_average(model, total_steps):
