@@ -15,9 +15,9 @@ import json
 import os
 import sys
 import warnings
-from collections import deque
 from contextlib import ExitStack
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,7 +167,7 @@ def describe(prediction):
 
 class Photograph(NamedTuple):
     path: Path
-    name: str  # of the files to write, without suffix; with the folders below the one that was given
+    name: str  # of the files to write, without suffix; with the folders below the one that was searched
 
 
 def find_photographs(arguments):
@@ -179,24 +179,23 @@ def find_photographs(arguments):
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            files = sorted(each for each in path.rglob('*') if each.suffix.lower() in SUFFIXES and each.is_file())
-            found += [Photograph(each, str(each.relative_to(path).with_suffix(''))) for each in files]
-            if not files:
-                raise InputError(f'{path}: no image in this folder; looked for {", ".join(SUFFIXES)}')
-        elif not path.exists() and glob.has_magic(argument):
-            files = map(Path, glob.glob(argument, recursive=True))
-            files = sorted(each for each in files if each.suffix.lower() in SUFFIXES and each.is_file())
-            found += [Photograph(each, each.stem) for each in files]
-            if not files:
-                raise InputError(f'{argument}: no image fits this pattern; looked for {", ".join(SUFFIXES)}')
+            folder, paths = path, path.rglob('*')
+        elif not os.path.lexists(path) and glob.has_magic(argument):
+            folder = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+            paths = map(Path, glob.glob(argument, recursive=True))
         else:
             found.append(Photograph(path, path.stem))
+            continue
+        files = sorted(each for each in paths if each.suffix.lower() in SUFFIXES and each.is_file())
+        found += [Photograph(each, str(each.relative_to(folder).with_suffix(''))) for each in files]
+        if not files:
+            raise InputError(f'{argument}: finds no image; looked for files that end in {", ".join(SUFFIXES)}')
     return found
 
 
 def look_at_photographs(model, photographs, args):
     """Predict photographs from disk and write what `args` asks for; one that cannot be read stops no other."""
-    rows, waiting, broken, seen = [], deque(), 0, 0
+    rows, seen = [], 0
     with ExitStack() as stack:
         lines = None
         if args.json == '-':
@@ -204,51 +203,35 @@ def look_at_photographs(model, photographs, args):
         elif args.json:
             lines = stack.enter_context(open(stack.enter_context(replacing(args.json)), 'w', encoding='utf-8'))
         # A bar for what takes longer than two seconds.
-        bar = stack.enter_context(tqdm(total=len(photographs), unit='photograph', delay=2, leave=False, disable=None))
-
-        def readable():
-            nonlocal broken
-            for photograph in photographs:
-                try:
-                    image = read_image(photograph.path, upright=True)
-                except UnreadableFile as error:
-                    broken += 1
-                    bar.update()
-                    tqdm.write(one_line(f'error: {error}'), file=sys.stderr)
-                    continue
-                waiting.append((photograph, image.size))
-                yield image
-
-        for prediction in predict(model, readable(), flip=args.flip):
-            (path, name), size = waiting.popleft()
-            bar.update()
+        for path, name in tqdm(photographs, unit='photograph', delay=2, leave=False, disable=None):
+            try:
+                image = read_image(path, upright=True)
+            except UnreadableFile as error:
+                tqdm.write(one_line(f'error: {error}'), file=sys.stderr)
+                continue
+            prediction = predict(model, image, flip=args.flip)  # on a CPU, batches are no faster
             seen += 1
             if lines:
-                print(json.dumps(as_json(path, size, prediction)), file=lines, flush=args.json == '-')
+                print(json.dumps(as_json(path, image.size, prediction)), file=lines, flush=args.json == '-')
             if args.json != '-':
                 tqdm.write(one_line(f'{path}: {describe(prediction)}'), file=sys.stdout)
             if args.save_masks:
-                mask = Image.fromarray(prediction.mask.astype(np.uint8) * 255)
-                write_file(mask_path(args, name), partial(mask.save, format='PNG'))
-            if args.cutouts or seen <= DRAWN:
-                image = read_again(path)  # as keeping a batch of them would take much memory
-                if args.cutouts:
-                    write_file(cutout_path(args, name), partial(cutout(image, prediction).save, format='PNG'))
-                if seen <= DRAWN:
-                    rows.append(photograph_row(image, prediction))
+                save_png(mask_path(args, name), Image.fromarray(prediction.mask.astype(np.uint8) * 255))
+            if args.cutouts:
+                save_png(cutout_path(args, name), cutout(image, prediction))
+            if seen <= DRAWN:
+                rows.append(photograph_row(image, prediction))
     if rows:
         save_picture(rows, args.out)
         what = f'the first {DRAWN} of {seen} photographs' if seen > DRAWN else f'{seen} photograph{"s"[: seen > 1]}'
         print(f'{args.out}: {what}', file=sys.stderr if args.json == '-' else sys.stdout)
-    if broken:
-        raise InputError(f'{broken} of {len(photographs)} photographs cannot be read')
+    if seen < len(photographs):
+        raise InputError(f'{len(photographs) - seen} of {len(photographs)} photographs cannot be read')
 
 
-def read_again(path):
-    try:
-        return read_image(path, upright=True)
-    except UnreadableFile as error:
-        raise InputError(f'{error}; it was changed meanwhile') from None
+def save_png(path, image):
+    """Write a PIL image; at this level in a third of the time, and about 15 % larger."""
+    write_file(path, partial(image.save, format='PNG', compress_level=1))
 
 
 def mask_path(args, name):

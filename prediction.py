@@ -99,7 +99,7 @@ def to_image(image):
     """An image as `predict` takes it -> a PIL image, RGB and upright."""
     if isinstance(image, (str, os.PathLike)):
         return read_image(image, upright=True)
-    if isinstance(image, Image.Image):
+    if isinstance(image, Image.Image) and all(image.size):
         return to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, torch.Tensor) and image.ndim == 3 and len(image) == 3 and image.dtype == torch.uint8:
         image = image.permute(1, 2, 0).cpu().numpy()
@@ -114,6 +114,8 @@ def refuse(value):
     found = type(value).__name__
     if isinstance(value, (np.ndarray, torch.Tensor)):
         found += f' {tuple(value.shape)} of {value.dtype}'
+    elif isinstance(value, Image.Image):
+        found += f' of {value.width} x {value.height} pixels'
     raise ValueError(f'{EXPECTED}; found {found}')
 
 

@@ -140,7 +140,9 @@ def to_rgb(image):
     if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    elif image.mode.startswith('I') and np.max(image) > 255:
-        # Pillow clips 16-bit grey at 255 instead of scaling it.
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode.startswith(('I', 'F')):
+        # Pillow clips grey of 16 bits and float at 255 instead of scaling it.
+        values = np.asarray(image)
+        scale = 255 if image.mode == 'F' and values.max() <= 1 else 1 / 256 if values.max() > 255 else 1
+        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
     return image.convert('RGB')

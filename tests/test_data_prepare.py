@@ -260,6 +260,8 @@ def test_boxes_are_scaled_by_the_size_in_the_xml(oxford, tmp_path):
         ('I', 90),
         ('I', 90 * 256),
         ('F', 90.0),
+        ('F', 90.5 / 255),
+        ('F', 90.0 * 256),
     ],
 )
 def test_every_mode_becomes_rgb(mode, colour):

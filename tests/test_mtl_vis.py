@@ -165,27 +165,34 @@ def test_folder_of_300_shows_the_first_12_and_keeps_folders_apart(model_path, tm
     for part in 'a', 'b':
         (folder / part).mkdir(parents=True)
         for number in range(150):
-            photograph(folder / part / f'{number:03}.JPG', (20, 16))
+            photograph(folder / part / f'{number:03}.JPG', (8, 6))
     (folder / 'notes.txt').write_text('no photograph')
     run('--model', model_path, '--out', tmp_path / 'out.png', '--cutouts', tmp_path / 'cutouts', folder)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 301 and lines[-1] == f'{tmp_path / "out.png"}: the first 12 of 300 photographs'
     assert len(list((tmp_path / 'cutouts' / 'b').glob('*_cutout.png'))) == 150
-    assert Image.open(tmp_path / 'out.png').size[1] == 12 * (205 + 44)
+    assert Image.open(tmp_path / 'out.png').size[1] == 12 * (192 + 44)
 
 
-def test_patterns_and_folders_without_photographs(model_path, tmp_path, capsys, error_line):
-    for name in 'b.png', 'a.png', 'c.jpg':
-        photograph(tmp_path / name)
-    out = '--model', model_path, '--out', tmp_path / 'out.png'
-    run(*out, tmp_path / '[ab].png')
+def test_patterns_name_files_by_the_folders_below_them(model_path, tmp_path, capsys):
+    for name in 'b/pug.png', 'a/pug.png', 'a/pug.txt', 'pug.png':
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        photograph(tmp_path / name, size=(20, 16)) if name.endswith('png') else (tmp_path / name).write_text('no')
+    out = '--model', model_path, '--out', tmp_path / 'out.png', '--save-masks', tmp_path / 'masks'
+    run(*out, tmp_path / '[ab]' / '*')
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(': ')[0] for line in lines[:-1]] == [str(tmp_path / name) for name in ('a.png', 'b.png')]
-    assert 'x*.png: no image fits this pattern; looked for .jpg' in error_line(main, *out, tmp_path / 'x*.png')
-    (tmp_path / 'empty').mkdir()
-    assert 'empty: no image in this folder; looked for .jpg' in error_line(main, *out, tmp_path / 'empty')
+    assert [line.partition(': ')[0] for line in lines[:-1]] == [str(tmp_path / each / 'pug.png') for each in 'ab']
+    masks = sorted(str(path.relative_to(tmp_path / 'masks')) for path in (tmp_path / 'masks').rglob('*.png'))
+    assert masks == ['a/pug_mask.png', 'b/pug_mask.png']
     photograph(tmp_path / '[1].png')  # a name that is there is no pattern
     run(*out, tmp_path / '[1].png')
+
+
+def test_patterns_and_folders_without_photographs_are_named(model_path, tmp_path, error_line):
+    out = '--model', model_path, '--out', tmp_path / 'out.png'
+    assert 'x*.png: finds no image; looked for files that end in .jpg' in error_line(main, *out, tmp_path / 'x*.png')
+    (tmp_path / 'empty').mkdir()
+    assert 'empty: finds no image; looked for files' in error_line(main, *out, tmp_path / 'empty')
 
 
 def test_masks_are_not_asked_of_a_network_without_them(model_path, tmp_path, error_line):

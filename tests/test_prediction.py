@@ -123,6 +123,7 @@ def test_iterator_is_read_one_batch_at_a_time(model):
         (np.zeros((0, 4, 3), np.uint8), r'found ndarray \(0, 4, 3\) of uint8'),
         (torch.zeros(4, 4, 3, dtype=torch.uint8), r'found Tensor \(4, 4, 3\) of torch.uint8'),
         (torch.zeros(3, 4, 4), r'found Tensor \(3, 4, 4\) of torch.float32'),
+        (Image.new('RGB', (0, 4)), 'found Image of 0 x 4 pixels'),
         ([pixels(), None], 'found NoneType'),
     ],
 )
