@@ -5,8 +5,8 @@ The training scripts say which network and which weighting of the tasks' losses;
     args = engine.training_parser(__doc__, out='runs/mtl').parse_args()
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
 
-A run writes last.pt (all that --resume needs), log.csv, curves.png, best.pt (the model with the best
-validation Dice) and, at the end, metrics.json with the test metrics of best.pt. On a CPU, a run that was
+A run writes last.pt (with pseudo_labels.h5, all that --resume needs), log.csv, curves.png, best.pt (the model with the
+best validation Dice) and, at the end, metrics.json with the test metrics of best.pt. On a CPU, a run that was
 stopped or killed and resumed ends with the same weights as one that was not, bit for bit: every random
 number comes from a seed made of --seed, the epoch and the step. Augmentation, image size and batches of an
 epoch are in dataloader_mtl.py, losses and metrics in utils.py, the optimiser in optimizers.py, validation and
@@ -17,7 +17,6 @@ import argparse
 import time
 import zlib
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -250,6 +249,11 @@ class Run:
         self.schedule.step()
         self.average.update_parameters(self.model)
 
+    def write_pseudo_labels(self, path, subset, size, before_batch):
+        """Label a Subset with the average of the weights, for the epoch that starts."""
+        options = {'size': size, 'bfloat16': self.bfloat16, 'before_batch': before_batch}
+        write_pseudo_labels(path, self.position()[0], self.average.module, subset, self.device, **options)
+
     def end_epoch(self, row):
         """Add the epoch's row to the history; keep its model if it is the best so far."""
         self.history.append(row)
@@ -369,6 +373,8 @@ def train(network, weighting, args):
         recipe = SCRATCH if encoder_weights == 'none' else PRETRAINED
         positions = epoch_positions(splits['train'], recipe.mask_repeats)
         steps = steps_per_epoch(positions, args.batch_size)
+        last_size = training_size(args.epochs, args.epochs, train_set.image_size, recipe.sizes)
+        labels_path = out / 'pseudo_labels.h5'
         pseudo_shares = recipe.pseudo_labels if unlabelled(splits['train'], network.tasks) else ()
         train_set.jitter, train_set.cutmix = JITTER, recipe.cutmix
         encoder_lr = args.encoder_lr or args.lr * recipe.encoder_lr
@@ -404,13 +410,9 @@ def train(network, weighting, args):
                 size = training_size(epoch, args.epochs, train_set.image_size, recipe.sizes)
                 train_set.transform = RandomCropFlip(*size, recipe.crop)
                 if labels_epoch := epoch_of_labels(epoch, args.epochs, pseudo_shares):
-                    path = out / 'pseudo_labels.h5'
                     if run.position() == (labels_epoch, 0):
-                        largest = training_size(args.epochs, args.epochs, train_set.image_size, recipe.sizes)
-                        options = {'size': largest, 'bfloat16': run.bfloat16, 'before_batch': check}
-                        label = partial(write_pseudo_labels, path, epoch, run.average.module, splits['train'], device)
-                        on_main_process(partial(label, **options))
-                    train_set.use_pseudo_labels(path, labels_epoch)
+                        on_main_process(lambda: run.write_pseudo_labels(labels_path, splits['train'], last_size, check))
+                    train_set.use_pseudo_labels(labels_path, labels_epoch)
                 seed_everything(args.seed, epoch)
                 order = positions[torch.randperm(len(positions))]
                 batches = EpochBatches(splits['train'], split_batches(order, args.batch_size), args.seed, epoch)

@@ -44,6 +44,7 @@ LEVELS = (
     ('dataloader_mtl', 'utils', 'optimizers'),
     ('models',),
     ('evaluation', 'prediction'),
+    ('pseudo_labels',),
     ('engine',),
     ('train_mtl', 'train_baseline', 'train_ablation', 'mtl_vis', 'export_onnx'),
     ('oeq_weighting',),
