@@ -34,7 +34,7 @@ from support.hdf5 import (
     is_image_size,
     open_h5,
 )
-from support.splits import limited, open_split
+from support.splits import limited, open_split, read_names
 
 # Of the training images, per RGB channel, for values in [0, 1].
 MEAN = (0.4773, 0.4458, 0.3949)
@@ -382,6 +382,15 @@ def count_labels(subset):
     """{'images', 'mask', 'class', 'box': number of samples of the Subset that have it}."""
     labelled = subset.dataset.labelled
     return {'images': len(subset), **{task: int(known[subset.indices].sum()) for task, known in labelled.items()}}
+
+
+def image_names(subset):
+    """For each sample of a Subset: the image's name, its number if the split has no names.h5, and its class or ''."""
+    dataset = subset.dataset
+    names = read_names(dataset.folder, len(dataset)) or range(len(dataset))
+    labels = [dataset.labels[index] for index in subset.indices]
+    classes = ['' if label < 0 else dataset.class_names[label] for label in labels]
+    return [names[index] for index in subset.indices], classes
 
 
 # ---- the batches of an epoch

@@ -6,7 +6,8 @@ The training scripts say which network and which weighting of the tasks' losses;
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
 
 A run writes last.pt (with pseudo_labels.h5, all that --resume needs), log.csv, curves.png, best.pt (the model with the
-best validation Dice) and, at the end, metrics.json with the test metrics of best.pt. On a CPU, a run that was
+best validation Dice) and, at the end, metrics.json with the test metrics of best.pt and test_scores.csv with those of
+each image. On a CPU, a run that was
 stopped or killed and resumed ends with the same weights as one that was not, bit for bit: every random
 number comes from a seed made of --seed, the epoch and the step. Augmentation, image size and batches of an
 epoch are in dataloader_mtl.py, losses and metrics in utils.py, the optimiser in optimizers.py, validation and
@@ -33,6 +34,7 @@ from dataloader_mtl import (
     RandomCropFlip,
     count_labels,
     epoch_positions,
+    image_names,
     iter_loader,
     load_splits,
     split_batches,
@@ -48,7 +50,7 @@ from support.cli import InputError, Stopped, StopRequest, positive_number, reaso
 from support.device import choose_device, has_fast_bfloat16, keep_freed_memory, seed_everything
 from support.distributed import all_gather, get_world_size, is_main_process, on_main_process, print_once, process_group
 from support.files import lock_folder
-from support.report import draw_curves, entries, epoch_line, print_test, write_log, write_metrics
+from support.report import draw_curves, entries, epoch_line, print_test, write_log, write_metrics, write_scores
 from utils import PRINTED, TASKS, MeanLosses, task_losses
 
 
@@ -437,7 +439,7 @@ def train(network, weighting, args):
                 checkpoints.save()
                 print_once(epoch_line(row, args.epochs))
             model = load_model(out / 'best.pt', device)
-            test = run_test(model, splits, device, workers=args.workers, before_batch=check)
+            test, scores = run_test(model, splits, device, workers=args.workers, before_batch=check)
         except Stopped as stopped:
             raise checkpoints.save_and_stop(stopped) from None
 
@@ -455,6 +457,7 @@ def train(network, weighting, args):
         if is_main_process():
             chosen = 'best validation Dice' if 'val_dice' in best else 'the last, without validation masks'
             print_test(f'Test, epoch {best["epoch"]} of {args.epochs} ({chosen})', test, PRINTED)
+            write_scores(scores, *image_names(splits['test']), out / 'test_scores.csv')
             metrics = write_metrics(metrics, out / 'metrics.json')
             print(f'written to {out}')
         if stop.number:

@@ -6,6 +6,7 @@ evaluate(load_model('mtl_model.pt'), MTLDataset('test'), torch.device('cpu'))  #
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,28 +29,31 @@ def to_device(batch, device):
 
 @torch.inference_mode()
 def score(model, dataset, device, batch_size=32, workers=0, bfloat16=False, before_batch=lambda: None):
-    """Every metric of `model` for each sample of an MTLDataset or a Subset of one that has the label.
+    """Every metric of `model` for each sample of an MTLDataset or a Subset of one.
 
-    Returns a pair over all ranks: {metric of METRICS: list of float, rank by rank, empty for a task that the network
-    does not have}, and {'loss_<task>': mean}. Evaluation mode; the model's mode is restored.
+    Returns a pair over all ranks: {metric of METRICS: (N,) float64 array, NaN for samples without the label and tasks
+    that the network does not have}, and {'loss_<task>': mean}. Evaluation mode; the model's mode is restored.
     """
     was_training = model.training
     model.eval()
-    values, losses, seen = {name: [] for name in METRICS}, MeanLosses(), 0
-    for batch in iter_loader(evaluation_loader(dataset, batch_size, workers)):
+    values, losses, seen = {name: np.full(len(dataset), np.nan) for name in METRICS}, MeanLosses(), 0
+    loader = evaluation_loader(dataset, batch_size, workers)
+    for positions, batch in zip(loader.sampler, iter_loader(loader)):
         before_batch()
+        known = {name: task.known(getattr(batch, task.field)).numpy() for name, task in TASKS.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             outputs, batch = forward(model, to_device(batch, device))
         for name, metric in METRICS.items():
             field = TASKS[metric.task].field
             prediction = getattr(outputs, field)
             if prediction is not None:
-                values[name] += metric.function(prediction, getattr(batch, field), reduction='none').tolist()
+                labelled = np.array(positions)[known[metric.task]]
+                values[name][labelled] = metric.function(prediction, getattr(batch, field), reduction='none').cpu()
         losses.add(task_losses(outputs, batch))
-        seen += len(batch.image)
+        seen += len(positions)
     model.train(was_training)
     assert sum(all_gather(seen)) == len(dataset), 'the loader must give each sample once'
-    values = {name: [value for rank in all_gather(own) for value in rank] for name, own in values.items()}
+    values = {name: np.fmax.reduce(all_gather(own)) for name, own in values.items()}  # fmax takes numbers over NaN
     return values, losses.result()
 
 
@@ -59,8 +63,9 @@ def evaluate(model, dataset, device, **options):
     Without tasks that the network does not have or that no sample has a label for.
     """
     values, losses = score(model, dataset, device, **options)
+    known = {name: each[~np.isnan(each)] for name, each in values.items()}
     # fsum is exact, so the order of the samples and the number of ranks change nothing.
-    return {name: math.fsum(each) / len(each) for name, each in values.items() if each} | losses
+    return {name: math.fsum(each) / len(each) for name, each in known.items() if len(each)} | losses
 
 
 class ConstantNet(nn.Module):
@@ -85,24 +90,26 @@ class ConstantNet(nn.Module):
 
 
 def run_test(model, splits, device, **options):
-    """{metric: {'images', 'mean', 'interval', 'flip_mean', 'flip_interval', 'constant'}} on the test split.
+    """({metric: {'images', 'mean', 'interval', 'flip_mean', 'flip_interval', 'constant'}}, `score`) on the test split.
 
-    'flip' is of FlipAveraged, 'constant' the mean of ConstantNet, an 'interval' the 95 % interval over images.
+    'flip' is of FlipAveraged, 'constant' the mean of ConstantNet, an 'interval' the 95 % interval over images; the
+    second are the metrics of `model` for each sample.
     """
     train = splits['train']
     labels, boxes = (torch.as_tensor(each[train.indices]) for each in (train.dataset.labels, train.dataset.bboxes))
     boxes = boxes / torch.tensor(train.dataset.image_size[::-1] * 2)
     networks = model, FlipAveraged(model), ConstantNet(labels, boxes, len(model.class_names)).to(device)
-    plain, flip, constant = (score(each, splits['test'], device, **options)[0] for each in networks)
-    return {
-        name: {
-            'images': len(values),
-            'mean': math.fsum(values) / len(values),
-            'interval': bootstrap_interval(values),
-            'flip_mean': math.fsum(flip[name]) / len(values),
-            'flip_interval': bootstrap_interval(flip[name]),
-            'constant': math.fsum(constant[name]) / len(values),
-        }
-        for name, values in plain.items()
-        if values
-    }
+    scores = [score(each, splits['test'], device, **options)[0] for each in networks]
+    summary = {}
+    for name in METRICS:
+        plain, flip, constant = (each[name][~np.isnan(scores[0][name])] for each in scores)
+        if len(plain):
+            summary[name] = {
+                'images': len(plain),
+                'mean': math.fsum(plain) / len(plain),
+                'interval': bootstrap_interval(plain),
+                'flip_mean': math.fsum(flip) / len(plain),
+                'flip_interval': bootstrap_interval(flip),
+                'constant': math.fsum(constant) / len(plain),
+            }
+    return summary, scores[0]

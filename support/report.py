@@ -1,4 +1,4 @@
-"""What a run reports: the epoch's line, test metrics, log.csv, curves.png and metrics.json."""
+"""What a run reports: the epoch's line, test metrics, log.csv, curves.png, test_scores.csv and metrics.json."""
 
 import csv
 import io
@@ -64,6 +64,19 @@ def write_log(history, path):
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(history)
+    write_file(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def write_scores(scores, names, classes, path):
+    """A CSV with a row for each test image: its name and class, and its value of each metric, empty where unknown.
+
+    `scores`: as `evaluation.score` returns them.
+    """
+    text = io.StringIO(newline='')
+    writer = csv.writer(text)
+    writer.writerow(['image', 'class', *scores])
+    for name, label, *values in zip(names, classes, *scores.values()):
+        writer.writerow([name, label, *('' if math.isnan(value) else f'{value:.6g}' for value in values)])
     write_file(path, lambda file: file.write(text.getvalue().encode()))
 
 

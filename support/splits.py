@@ -104,6 +104,18 @@ def read_split_file(path):
         )
 
 
+def read_names(folder, count):
+    """The list of str in a split's names.h5; None without such a file, or if it holds no `count` names."""
+    path = folder / 'names.h5'
+    if not path.exists():
+        return None
+    with reading_h5(path) as file:
+        names = file['names'][()] if has_own(file, 'names') else np.empty(0)
+    if names.shape != (count,) or names.dtype.kind != 'S':
+        return None
+    return [name.decode(errors='replace') for name in names.tolist()]
+
+
 def check_same(folder, what, values):
     """Raises InputError unless all of {stem: value} are equal."""
     if len(set(values.values())) > 1:

@@ -1,5 +1,6 @@
 """Data-parallel training. All but one of the tests fork the ranks that torchrun would start."""
 
+import csv
 import itertools
 import json
 import os
@@ -149,7 +150,11 @@ def test_two_processes_train_one_model_and_report_its_metrics(shared_data, tmp_p
         metrics = json.loads((out / name / 'metrics.json').read_text())
         assert metrics['config']['processes'] == 2
         splits = load_splits(shared_data, MTLNet.tasks)
-        expected = engine.run_test(load_model(out / name / 'best.pt'), splits, CPU)
+        expected, scores = engine.run_test(load_model(out / name / 'best.pt'), splits, CPU)
+        with open(out / name / 'test_scores.csv', newline='') as file:
+            rows = list(csv.DictReader(file))
+        for metric, values in scores.items():
+            assert [float(row[metric]) for row in rows] == pytest.approx(values, rel=1e-4), metric
         for metric, values in metrics['test'].items():
             for key, value in values.items():
                 assert value == pytest.approx(expected[metric][key], rel=1e-5), (metric, key)

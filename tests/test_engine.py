@@ -17,7 +17,7 @@ import data_rechunk
 import engine
 import evaluation
 import train_mtl
-from dataloader_mtl import Sample
+from dataloader_mtl import MTLDataset, Sample
 from models import MTLNet, UNet, load_model
 from optimizers import make_optimizer
 from support.checkpoint import TRAINING_FORMAT, load_checkpoint
@@ -31,7 +31,14 @@ OFTEN = ('--checkpoint-minutes', '1e-9')  # a checkpoint after each step
 
 def test_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
     metrics = train(shared_data, tmp_path)
-    assert sorted(read_folder(tmp_path)) == ['best.pt', 'curves.png', 'last.pt', 'log.csv', 'metrics.json']
+    assert sorted(read_folder(tmp_path)) == [
+        'best.pt',
+        'curves.png',
+        'last.pt',
+        'log.csv',
+        'metrics.json',
+        'test_scores.csv',
+    ]
     with open(tmp_path / 'log.csv') as file:
         rows = list(csv.DictReader(file))
     assert [row['epoch'] for row in rows] == ['1', '2'] and float(rows[1]['val_dice']) > 0
@@ -43,6 +50,12 @@ def test_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
     assert metrics['data']['test'] == {'images': 12, 'class': 12, 'mask': 12, 'box': 12}
     assert metrics['config']['seed'] == 0 and 'torch' in metrics['versions']
     assert Image.open(tmp_path / 'curves.png').size[0] > 600
+    with open(tmp_path / 'test_scores.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    dataset = MTLDataset('test', root=shared_data)
+    assert [row['class'] for row in rows] == [dataset.class_names[label] for label in dataset.labels]
+    for name, values in metrics['test'].items():
+        assert np.mean([float(row[name]) for row in rows]) == pytest.approx(values['mean'], rel=1e-5)
     printed = capsys.readouterr().out
     assert printed.count('epoch 1/2: training loss mask ') == printed.count('epoch 2/2: training loss mask ') == 1
     for metric in METRICS.values():
@@ -58,7 +71,7 @@ def test_epoch_with_the_best_validation_dice_is_tested_once(shared_data, tmp_pat
         values, losses = original(model, part, *args, **kw)
         if kind == 'MTLNet':
             weights.append(next(model.parameters()).detach().half())
-        return values | ({'dice': [next(scores)]} if split == 'val' else {}), losses
+        return values | ({'dice': np.array([next(scores)])} if split == 'val' else {}), losses
 
     monkeypatch.setattr(evaluation, 'score', score)
     metrics = train(shared_data, tmp_path, '--epochs', 4, '--limit-batches', 1)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Subset
@@ -92,8 +93,11 @@ def test_test_metrics_are_of_the_model_of_its_flips_and_of_a_constant_prediction
     test_set.labels[:] = [5, 5, 5, 1, 2, 3, 5, -1, 4, 0, -1, -1]
     model = Oracle(test_set, imperfect)
     model.class_names = test_set.class_names
-    found = evaluation.run_test(model, splits, CPU)
-    plain, _ = evaluation.score(model, splits['test'], CPU)
+    found, plain = evaluation.run_test(model, splits, CPU)
+    scores, _ = evaluation.score(model, splits['test'], CPU, batch_size=5)
+    assert all(np.array_equal(plain[name], scores[name], equal_nan=True) for name in METRICS)
+    assert np.isnan(plain['accuracy']).tolist() == [label < 0 for label in test_set.labels]
+    plain = {name: values[~np.isnan(values)] for name, values in plain.items()}
     assert {name: values['images'] for name, values in found.items()} == {
         'dice': 12,
         'mask_iou': 12,
@@ -130,4 +134,4 @@ def test_tasks_without_labels_have_no_test_metrics(data):
     splits['test'].dataset.bboxes[:] = splits['train'].dataset.bboxes[:] = math.nan
     model = MTLNet(n_classes=8)
     model.class_names = splits['test'].dataset.class_names
-    assert evaluation.run_test(model, splits, CPU).keys() == {'dice', 'mask_iou'}
+    assert evaluation.run_test(model, splits, CPU)[0].keys() == {'dice', 'mask_iou'}

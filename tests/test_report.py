@@ -4,12 +4,13 @@ import csv
 import json
 import resource
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
 from support.cli import InputError
-from support.report import draw_curves, epoch_line, print_test, write_log, write_metrics
+from support.report import draw_curves, epoch_line, print_test, write_log, write_metrics, write_scores
 
 PRINTED = {'dice': 'Dice Score', 'accuracy': 'Accuracy'}
 FIRST = {'epoch': 1, 'train_loss_mask': 0.75, 'val_dice': 0.5, 'val_loss_mask': 0.8}
@@ -41,6 +42,17 @@ def test_log_has_a_row_for_each_epoch_and_empty_cells(tmp_path):
     assert list(rows[0]) == [*FIRST, 'train_loss_class', 'val_accuracy']
     assert [row['val_dice'] for row in rows] == ['0.5', '0.625']
     assert [row['val_accuracy'] for row in rows] == ['', '0.25']
+
+
+def test_scores_have_a_row_for_each_image_and_empty_cells(tmp_path):
+    scores = {'dice': np.array([0.5, np.nan]), 'accuracy': np.array([1.0, 0.0])}
+    write_scores(scores, ['pug_1', 'pug, 2'], ['pug', ''], tmp_path / 'scores.csv')
+    with open(tmp_path / 'scores.csv', newline='') as file:
+        assert list(csv.reader(file)) == [
+            ['image', 'class', 'dice', 'accuracy'],
+            ['pug_1', 'pug', '0.5', '1'],
+            ['pug, 2', '', '', '0'],
+        ]
 
 
 def test_curves_show_losses_and_metrics(tmp_path, monkeypatch):
