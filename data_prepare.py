@@ -4,6 +4,7 @@
     python data_prepare.py --source oxford --download       # fetches Oxford-IIIT Pet (800 MB) first
     python data_prepare.py --source oxford --root DIR       # reads DIR/oxford-iiit-pet
     python data_prepare.py --root DIR --split official      # its test.txt is the test split
+    python data_prepare.py --root DIR --folds 5             # five ways to split, for study.py
 
 Writes `datasets/data_new/{train,val,test}/` with images.h5, masks.h5, bboxes.h5, binary.h5, breeds.h5 and
 names.h5 (formats: README.md) and prints a table of what is in each split. An image is kept with whatever
@@ -49,6 +50,7 @@ THUMBNAIL = (16, 16)
 # are copies of one photograph; two shots of a scene have 0.974 at most.
 DUPLICATE_CORRELATION = 0.99
 OFFICIAL_SHARES = {'train': 80, 'val': 20}  # of trainval.txt
+FOLD_SHARES = {'train': 7, 'val': 1}  # of the images that a fold does not test
 
 
 class Record(NamedTuple):
@@ -269,6 +271,17 @@ def split_officially(groups, test):
     return {**splits, 'test': [record for group in groups for record in group if record in test]}
 
 
+def make_folds(groups, count):
+    """A list of `count` dicts {split: list of Record}; each record is in the test split of one of them."""
+    parts = split_groups(groups, dict.fromkeys(range(count), 1))
+    folds = []
+    for test in parts.values():
+        tested = set(test)
+        others = [group for group in groups if group[0] not in tested]
+        folds.append({**split_groups(others, FOLD_SHARES), 'test': test})
+    return folds
+
+
 def print_duplicates(groups, splits):
     """Say how many images are near-identical, and whether any lie across splits."""
     duplicates = [group for group in groups if len(group) > 1]
@@ -408,7 +421,12 @@ def main(argv=None):
     add('--out', default='datasets/data_new', metavar='DIR', help='where the splits go (default: %(default)s)')
     add('--size', type=int, default=256, metavar='PIXELS', help='stored width and height (default: %(default)s)')
     split = 'shares of train, val and test, or official: trainval.txt as 80-20, and test.txt (default: %(default)s)'
-    add('--split', type=parse_split, default='80-10-10', metavar='A-B-C|official', help=split)
+    shares = parser.add_mutually_exclusive_group()
+    shares.add_argument('--split', type=parse_split, default='80-10-10', metavar='A-B-C|official', help=split)
+    folds = (
+        'write DIR/fold0 ... with train, val and test each; the test splits are disjoint and together hold all images'
+    )
+    shares.add_argument('--folds', type=whole_number(2), metavar='K', help=folds)
     add('--seed', type=whole_number(0), default=0, help='of the split and of drawing (default: %(default)s)')
     add('--border', choices=BORDER, default='pet', help="what the trimap's border counts as (default: %(default)s)")
     add('--limit', type=whole_number(1), metavar='N', help='take N images, stratified (default: all, or 1200 drawn)')
@@ -430,6 +448,12 @@ def main(argv=None):
     trainval, test = source.official_parts() if args.split == 'official' else (source.records, ())
     records = limited(in_strata_order([*trainval, *test], args.seed), args.limit)
     groups = group_duplicates(records, source)
+    if args.folds:
+        folds = make_folds(groups, args.folds)
+        print_duplicates(groups, folds[0])
+        for number, splits in enumerate(folds):
+            prepare(source, splits, Path(args.out) / f'fold{number}', args.size, f'{options} {number} of {args.folds}')
+        return
     splits = split_officially(groups, test) if test else split_groups(groups, dict(zip(SPLITS, args.split)))
     print_duplicates(groups, splits)
     prepare(source, splits, args.out, args.size, options)

@@ -1,7 +1,7 @@
 """Store every image and mask of the HDF5 splits as one chunk, so that one read fetches one sample.
 
     python data_rechunk.py                      # the files under datasets/data_new/{train,val,test}
-    python data_rechunk.py --data DIR           # the same files under another folder
+    python data_rechunk.py --data DIR           # the same files under another folder, or those of all folds in it
 
 Afterwards `images.h5` holds `chunked_images` beside `images`, `masks.h5` holds `chunked_masks`, and so on:
 two names of the same data, stored once. `masks.h5` also holds `known_masks`, which of the masks have a known
@@ -206,8 +206,9 @@ def size_of(path):
 
 
 def rechunk(root, force=False, checksums=False):
-    """Rechunk every file of every split under `root` and print a line for each."""
-    folders = [Path(root) / split for split in SPLITS if (Path(root) / split).is_dir()]
+    """Rechunk every file of every split under `root`, or under the folds in it, and print a line for each."""
+    roots = [Path(root), *sorted(Path(root).glob('fold[0-9]*'))]
+    folders = [each / split for each in roots for split in SPLITS if (each / split).is_dir()]
     if not folders:
         raise InputError(f'{root}: no folder train, val or test in it; data_prepare.py makes them')
     for folder in folders:

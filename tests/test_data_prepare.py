@@ -11,7 +11,18 @@ import pytest
 from conftest import assert_full_disk_leaves_files, write_xml
 from PIL import Image
 
-from data_prepare import OxfordPets, Record, group_duplicates, in_strata_order, main, match_thumbnails, split_groups
+import data_rechunk
+from data_prepare import (
+    OxfordPets,
+    Record,
+    group_duplicates,
+    in_strata_order,
+    main,
+    make_folds,
+    match_thumbnails,
+    split_groups,
+)
+from dataloader_mtl import MTLDataset
 from support.files import to_rgb
 from support.hdf5 import SPLITS, read_text
 from support.splits import limited
@@ -51,6 +62,32 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order_of_files():
     first, again, other = (deal(r, seed, (80, 10, 10)) for r, seed in ((records(100), 0), (shuffled, 0), (shuffled, 1)))
     assert first == again
     assert first != other
+
+
+def test_each_image_is_tested_in_one_fold_and_groups_stay_together():
+    ordered = in_strata_order(records(600), 0)
+    groups = [ordered[:3], *([record] for record in ordered[3:])]
+    folds = make_folds(groups, 5)
+    assert sorted(record for fold in folds for record in fold['test']) == sorted(ordered)
+    for fold in folds:
+        assert sorted(record for part in fold.values() for record in part) == sorted(ordered)
+        assert [len(fold[split]) for split in SPLITS] == pytest.approx([420, 60, 120], abs=3)
+        for part in fold.values():
+            assert sum(r.has_mask for r in part) == pytest.approx(len(part) / 6, abs=3)
+            assert len(set(ordered[:3]) & set(part)) in (0, 3)
+
+
+def test_folds_are_written_and_rechunked_as_splits(oxford, tmp_path, error_line, capsys):
+    root, out = oxford(60, masks=range(0, 60, 2), breeds=3), tmp_path / 'folds'
+    main(['--root', str(root), '--out', str(out), '--size', '64', '--folds', '3'])
+    data_rechunk.main(['--data', str(out)])
+    tested = [name for number in range(3) for name in names(out / f'fold{number}', 'test')]
+    assert sorted(tested) == sorted(f'breed{i % 3}_{i}' for i in range(60))
+    datasets = [MTLDataset('train', root=out / f'fold{number}') for number in range(3)]
+    assert len({dataset.preparation for dataset in datasets}) == 3
+    with pytest.raises(SystemExit) as stopped:
+        main(['--root', str(root), '--folds', '3', '--split', '60-20-20'])
+    assert stopped.value.code == 2 and 'not allowed with argument --folds' in capsys.readouterr().err
 
 
 def test_no_photograph_is_in_two_splits_or_in_none():
