@@ -419,17 +419,6 @@ def epoch_positions(subset, repeats):
     return positions
 
 
-def steps_per_epoch(positions, batch_size):
-    """The number of batches of an epoch; raises InputError for batches with fewer images than ranks."""
-    steps = math.ceil(len(positions) / batch_size)
-    if len(positions) // steps < get_world_size():
-        raise InputError(
-            f'batches of {len(positions) // steps} images cannot be shared by {get_world_size()} processes; '
-            'start fewer, or give a larger --batch-size'
-        )
-    return steps
-
-
 def split_batches(order, batch_size):
     """This rank's share of each batch of `order`: a list of lists of positions.
 
@@ -478,6 +467,23 @@ class EpochBatches(Dataset):
             worker_init_fn=ignore_signals,
             pin_memory=device.type == 'cuda',
         )
+
+
+def draw_epoch(subset, repeats, batch_size, seed, epoch):
+    """The EpochBatches of all samples of a Subset, shuffled; `repeats` as for `epoch_positions`.
+
+    Raises InputError for batches with fewer images than ranks.
+    """
+    seed_everything(seed, epoch)
+    positions = epoch_positions(subset, repeats)
+    batches = split_batches(positions[torch.randperm(len(positions))], batch_size)
+    smallest = len(positions) // len(batches)
+    if smallest < get_world_size():
+        raise InputError(
+            f'batches of {smallest} images cannot be shared by {get_world_size()} processes; '
+            'start fewer, or give a larger --batch-size'
+        )
+    return EpochBatches(subset, batches, seed, epoch)
 
 
 def evaluation_loader(dataset, batch_size, workers):

@@ -17,7 +17,9 @@ the test in evaluation.py.
 import argparse
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,15 +32,12 @@ from tqdm import tqdm
 from dataloader_mtl import (
     JITTER,
     TRAINING,
-    EpochBatches,
     RandomCropFlip,
     count_labels,
-    epoch_positions,
+    draw_epoch,
     image_names,
     iter_loader,
     load_splits,
-    split_batches,
-    steps_per_epoch,
     training_size,
 )
 from evaluation import evaluate, forward, run_test, to_device
@@ -51,7 +50,7 @@ from support.device import choose_device, has_fast_bfloat16, keep_freed_memory, 
 from support.distributed import all_gather, get_world_size, is_main_process, on_main_process, print_once, process_group
 from support.files import lock_folder
 from support.report import draw_curves, entries, epoch_line, print_test, write_log, write_metrics, write_scores
-from utils import PRINTED, TASKS, MeanLosses, task_losses
+from utils import METRICS, PRINTED, TASKS, MeanLosses, task_losses
 
 
 class Recipe(NamedTuple):
@@ -81,6 +80,16 @@ SCRATCH = Recipe(
 PRETRAINED = Recipe(
     sizes=((1, 3 / 4),), crop=(0.4, 1.0), mask_repeats=3, cutmix=0, pseudo_labels=(), muon=False, encoder_lr=0.2
 )
+
+
+class Plan(NamedTuple):
+    """What a run does that is not among its options; study.py has others."""
+
+    recipe: Recipe
+    load: Callable = load_splits  # (root, tasks, limit) -> {split: Subset}
+    draw: Callable = draw_epoch  # (Subset, mask_repeats, batch_size, seed, epoch) -> EpochBatches, always as many
+    start: Callable | None = None  # changes the weights of the new network, its argument
+    about: dict = {}  # more for the configuration, which --resume compares
 
 
 def training_parser(description, out):
@@ -260,8 +269,9 @@ class Run:
         """Add the epoch's row to the history; keep its model if it is the best so far."""
         self.history.append(row)
         self.start_epoch()
-        # Without masks in validation, the last epoch is the best.
-        if self.best is None or 'val_dice' not in row or row['val_dice'] > self.best['val_dice']:
+        # By the first metric that validation has labels for; without any, the last epoch is the best.
+        chosen_by = next((f'val_{name}' for name in METRICS if f'val_{name}' in row), None)
+        if self.best is None or chosen_by is None or row[chosen_by] > self.best[chosen_by]:
             self.best = row
             self.best_model = model_content(self.average.module, *self.about)
 
@@ -360,27 +370,32 @@ def write_epoch(run, folder):
     draw_curves(run.history, PRINTED, folder / 'curves.png')
 
 
-def train(network, weighting, args):
-    """Train `network` with `weighting`, test the best epoch once; returns the content of metrics.json."""
-    out = Path(args.out)
+def train(network, weighting, args, plan=None):
+    """Train `network` with `weighting`, test the best epoch once; returns the content of metrics.json.
+
+    Without a Plan, that of --encoder-weights.
+    """
+    out, encoder_weights = Path(args.out), choose_weights(args.encoder, args.encoder_weights)
+    plan = plan or Plan(SCRATCH if encoder_weights == 'none' else PRETRAINED)
+    recipe = plan.recipe
     with process_group(args.device), StopRequest() as stop, ExitStack() as lock:
         on_main_process(lambda: lock.enter_context(lock_folder(out)))
         keep_freed_memory()
         seed_everything(args.seed)
         device = choose_device(args.device)
-        splits = load_splits(args.data, network.tasks, args.limit_batches and args.limit_batches * args.batch_size)
+        splits = plan.load(args.data, network.tasks, args.limit_batches and args.limit_batches * args.batch_size)
         train_set = splits['train'].dataset
         checkpoint = on_main_process(lambda: find_checkpoint(out, args.resume))
-        encoder_weights = choose_weights(args.encoder, args.encoder_weights)
-        recipe = SCRATCH if encoder_weights == 'none' else PRETRAINED
-        positions = epoch_positions(splits['train'], recipe.mask_repeats)
-        steps = steps_per_epoch(positions, args.batch_size)
         last_size = training_size(args.epochs, args.epochs, train_set.image_size, recipe.sizes)
         labels_path = out / 'pseudo_labels.h5'
         pseudo_shares = recipe.pseudo_labels if unlabelled(splits['train'], network.tasks) else ()
         train_set.jitter, train_set.cutmix = JITTER, recipe.cutmix
         encoder_lr = args.encoder_lr or args.lr * recipe.encoder_lr
         model = make_model(network, train_set, args.encoder, encoder_weights, read_weights=not checkpoint)
+        if plan.start and not checkpoint:
+            plan.start(model)
+        draw = partial(plan.draw, splits['train'], recipe.mask_repeats, args.batch_size, args.seed)
+        steps = len(draw(epoch=1))
         run = Run(model, weighting, train_set, steps * args.epochs, args.lr, encoder_lr, recipe.muon, device)
         # Tells files that were made elsewhere, which have no preparation, from others.
         labels_checksum = zlib.crc32(train_set.labels.tobytes() + train_set.bboxes.tobytes())
@@ -397,6 +412,7 @@ def train(network, weighting, args):
             'encoder': args.encoder,
             'encoder_weights': encoder_weights,
             'encoder_lr': encoder_lr,
+            **plan.about,
         }
         if checkpoint:
             run.restore(checkpoint, config)
@@ -415,9 +431,7 @@ def train(network, weighting, args):
                     if run.position() == (labels_epoch, 0):
                         on_main_process(lambda: run.write_pseudo_labels(labels_path, splits['train'], last_size, check))
                     train_set.use_pseudo_labels(labels_path, labels_epoch)
-                seed_everything(args.seed, epoch)
-                order = positions[torch.randperm(len(positions))]
-                batches = EpochBatches(splits['train'], split_batches(order, args.batch_size), args.seed, epoch)
+                batches = draw(epoch=epoch)
                 loader = batches.loader(run.steps, args.workers, device)
                 losses = train_one_epoch(run, loader, f'epoch {epoch}/{args.epochs}', checkpoints.before_step)
                 train_seconds = run.seconds()
@@ -432,7 +446,7 @@ def train(network, weighting, args):
                     **{f'train_{name}': value for name, value in losses.items()},
                     **{f'val_{name}': value for name, value in metrics.items()},
                     'train_seconds': train_seconds,
-                    'images_per_second': len(positions) / train_seconds,
+                    'images_per_second': sum(all_gather(batches.count(steps))) / train_seconds,
                     'total_seconds': run.seconds(),
                 }
                 run.end_epoch(row)
@@ -455,7 +469,8 @@ def train(network, weighting, args):
             'learned_weighting': {name: p.item() for name, p in weighting.named_parameters()},
         }
         if is_main_process():
-            chosen = 'best validation Dice' if 'val_dice' in best else 'the last, without validation masks'
+            chosen_by = next((name for name in METRICS if f'val_{name}' in best), None)
+            chosen = f'best validation {chosen_by}' if chosen_by else 'the last, without validation labels'
             print_test(f'Test, epoch {best["epoch"]} of {args.epochs} ({chosen})', test, PRINTED)
             write_scores(scores, *image_names(splits['test']), out / 'test_scores.csv')
             metrics = write_metrics(metrics, out / 'metrics.json')

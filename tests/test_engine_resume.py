@@ -171,8 +171,8 @@ def test_unfinished_run_is_not_overwritten_without_resume(shared_data, tmp_path,
 def test_run_stopped_before_its_first_step_leaves_a_finished_one(shared_data, finished_run, tmp_path, monkeypatch):
     for name, content in read_folder(finished_run).items():
         (tmp_path / name).write_bytes(content)
-    before, load_splits = read_folder(tmp_path), engine.load_splits
-    monkeypatch.setattr(engine, 'load_splits', lambda *a: (signal.raise_signal(signal.SIGTERM), load_splits(*a))[1])
+    before, choose = read_folder(tmp_path), engine.choose_device
+    monkeypatch.setattr(engine, 'choose_device', lambda name: (signal.raise_signal(signal.SIGTERM), choose(name))[1])
     with pytest.raises(Stopped):
         train(shared_data, tmp_path)
     assert before == read_folder(tmp_path)
