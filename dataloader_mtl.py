@@ -24,16 +24,7 @@ from torchvision.transforms import v2
 from support.cli import InputError, ignore_signals, signals_blocked
 from support.device import seed_everything
 from support.distributed import get_rank, get_world_size
-from support.hdf5 import (
-    H5_ERRORS,
-    LARGEST_SIDE,
-    MASK_UNKNOWN,
-    SPLITS,
-    SampleReader,
-    fingerprint,
-    is_image_size,
-    open_h5,
-)
+from support.hdf5 import H5_ERRORS, LARGEST_SIDE, MASK_UNKNOWN, SPLITS, SampleReader, fingerprint, is_image_size
 from support.splits import limited, open_split, read_names
 
 # Of the training images, per RGB channel, for values in [0, 1].
@@ -186,9 +177,10 @@ class MTLDataset(Dataset):
         root: the folder with train/, val/ and test/.
         label: 'breed' (breeds.h5), 'species' (binary.h5) or 'auto': the breed if there is a breeds.h5.
         jitter: strength of `colour_jitter` after the transform, in [0, 1).
-        cutmix: share of the images without a mask that a batch mixes with one another, in [0, 1]: CutMix (Yun et al.,
-            ICCV 2019) pastes a rectangle of one into another. Labels of a batch are then shares of the classes, (N,
-            n_classes) float32, all 0 where unknown, and mixed images have no box and no pseudo-label.
+        cutmix: share of the images that a batch mixes, in [0, 1]: CutMix (Yun et al., ICCV 2019) pastes a rectangle of
+            one into another. Masked images are mixed with one another, masks as well, and so are images with neither
+            mask nor box. Labels of a batch are then shares of the classes, (N, n_classes) float32, all 0 where unknown;
+            mixed images have no box.
 
     Attributes:
         folder: Path of the split.
@@ -210,7 +202,6 @@ class MTLDataset(Dataset):
             raise ValueError(f"label is '{label}'; expected 'auto', 'breed' or 'species'")
         self.folder = Path(root) / type
         self.transform, self.jitter, self.cutmix = transform, jitter, cutmix
-        self.pseudo_labels = None
         self._readers, self._pid = {}, None
         split = open_split(self.folder, label)
         self.image_size, self.preparation, self._fingerprints = split[:3]
@@ -221,22 +212,6 @@ class MTLDataset(Dataset):
     def __len__(self):
         return len(self.labels)
 
-    def use_pseudo_labels(self, path, epoch):
-        """Where a mask or a box is unknown, take it from a file of `pseudo_labels.py` made at the start of `epoch`.
-
-        Attributes keep to what is known. Raises InputError for a file that is missing, damaged or of another epoch.
-        """
-        try:
-            with open_h5(path) as file:
-                found, bboxes = int(file.attrs['epoch']), file['bboxes'][()]
-                fits = file['masks'].shape == (len(self), *self.image_size, 1)
-        except H5_ERRORS:
-            found = None
-        if found != epoch or not fits or bboxes.shape != self.bboxes.shape:
-            raise InputError(f'{path}: not the pseudo-labels of epoch {epoch}; start again with another --out')
-        self.pseudo_labels = path, np.where(np.isnan(self.bboxes), bboxes, self.bboxes)
-        self._readers = {}
-
     def __getitem__(self, index):
         if not isinstance(index, list):
             position = range(len(self))[index]  # also a negative one; raises IndexError
@@ -244,16 +219,14 @@ class MTLDataset(Dataset):
         if self.transform is None:
             images, boxes, masks = self._read_batch(index)
         elif isinstance(self.transform, RandomCropFlip):
-            has_mask = np.ones(len(index), bool) if self.pseudo_labels else self.labelled['mask'][index]
-            images, boxes, masks = self.transform(*self._read_batch(index), has_mask)
+            images, boxes, masks = self.transform(*self._read_batch(index), self.labelled['mask'][index])
         else:
             images, boxes, masks = self._transform_each(index)
         if self.jitter:
             images = colour_jitter(v2.functional.to_dtype(images, torch.float32, scale=True), self.jitter)
         labels = torch.from_numpy(self.labels[index])
         if self.cutmix:
-            has_mask = torch.from_numpy(self.labelled['mask'][index])
-            images, boxes, labels, masks = self._mix(images, boxes, labels, masks, has_mask)
+            images, boxes, labels, masks = self._mix(images, boxes, labels, masks, index)
         return Sample(
             image=normalise(images),
             bbox=self._relative(boxes, *images.shape[-2:]),
@@ -271,23 +244,25 @@ class MTLDataset(Dataset):
             reader.read(index, images[row])
             if self.labelled['mask'][index]:
                 self._reader('masks').read(index, masks[row])
-            elif self.pseudo_labels:
-                self._pseudo_masks().read_direct(masks, np.s_[index], np.s_[row])
         images, masks = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in (images, masks))
         if images.is_floating_point():
             images /= 255  # stored as 0-255 whatever the type; torchvision's floats are 0-1
-        bboxes = self.pseudo_labels[1] if self.pseudo_labels else self.bboxes
-        return images, torch.from_numpy(bboxes[indices]), masks
+        return images, torch.from_numpy(self.bboxes[indices]), masks
 
-    def _mix(self, images, boxes, labels, masks, has_mask):
+    def _mix(self, images, boxes, labels, masks, indices):
         """CutMix; the labels as shares."""
         n_classes = len(self.class_names)
         shares = F.one_hot(labels.clamp(min=0), n_classes).float() * (labels >= 0)[:, None]
-        chosen = ~has_mask & (labels >= 0) & (torch.rand(len(labels)) < self.cutmix)
-        if chosen.sum() > 1:
-            images[chosen], shares[chosen] = v2.CutMix(num_classes=n_classes)(images[chosen], labels[chosen])
-            boxes = boxes.masked_fill(chosen[:, None], torch.nan)
-            masks = masks.masked_fill(chosen[:, None, None, None], MASK_UNKNOWN)
+        mask, label, box = (self.labelled[task][indices] for task in ('mask', 'class', 'box'))
+        for group in mask & label, ~mask & label & ~box:
+            chosen = torch.nonzero(torch.from_numpy(group) & (torch.rand(len(labels)) < self.cutmix))[:, 0]
+            if len(chosen) > 1:
+                cut, others = v2.CutMix(num_classes=n_classes).make_params([images]), chosen.roll(1)
+                left, top, right, bottom = cut['box']
+                for each in images, masks:
+                    each[chosen, :, top:bottom, left:right] = each[others, :, top:bottom, left:right]
+                shares[chosen] = cut['lam_adjusted'] * shares[chosen] + (1 - cut['lam_adjusted']) * shares[others]
+                boxes[chosen] = torch.nan
         return images, boxes, shares, masks
 
     def _transform_each(self, indices):
@@ -329,18 +304,9 @@ class MTLDataset(Dataset):
     def __getstate__(self):
         return {**self.__dict__, '_readers': {}, '_pid': None}
 
-    def _pseudo_masks(self):
-        self._forget_handles_of_parent()
-        if 'pseudo' not in self._readers:
-            self._readers['pseudo'] = open_h5(self.pseudo_labels[0], rdcc_nbytes=0)['masks']
-        return self._readers['pseudo']
-
-    def _forget_handles_of_parent(self):
+    def _reader(self, stem):
         if self._pid != os.getpid():  # first use, or a forked worker, which must not share handles
             self._readers, self._pid = {}, os.getpid()
-
-    def _reader(self, stem):
-        self._forget_handles_of_parent()
         if stem not in self._readers:
             path = self.folder / f'{stem}.h5'
             try:

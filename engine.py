@@ -5,7 +5,7 @@ The training scripts say which network and which weighting of the tasks' losses;
     args = engine.training_parser(__doc__, out='runs/mtl').parse_args()
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
 
-A run writes last.pt (with pseudo_labels.h5, all that --resume needs), log.csv, curves.png, best.pt (the model with the
+A run writes last.pt (all that --resume needs), log.csv, curves.png, best.pt (the model with the
 best validation Dice) and, at the end, metrics.json with the test metrics of best.pt and test_scores.csv with those of
 each image. On a CPU, a run that was
 stopped or killed and resumed ends with the same weights as one that was not, bit for bit: every random
@@ -43,7 +43,6 @@ from dataloader_mtl import (
 from evaluation import evaluate, forward, run_test, to_device
 from models import load_model, model_content
 from optimizers import make_average, make_optimizer, make_schedule
-from pseudo_labels import epoch_of_labels, unlabelled, write_pseudo_labels
 from support.checkpoint import TRAINING_FORMAT, find_checkpoint, is_finite, load_checkpoint, save_checkpoint, save_last
 from support.cli import InputError, Stopped, StopRequest, positive_number, reason, whole_number
 from support.device import choose_device, has_fast_bfloat16, keep_freed_memory, seed_everything
@@ -60,7 +59,6 @@ class Recipe(NamedTuple):
     crop: tuple  # smallest and largest area of a crop, as a share of the image's
     mask_repeats: int  # see `epoch_positions`
     cutmix: float  # see MTLDataset
-    pseudo_labels: tuple  # after these shares of the epochs, the network labels what has no mask or box
     muon: bool  # whether Muon trains the convolutions, or AdamW
     encoder_lr: float  # as a share of --lr
 
@@ -73,13 +71,10 @@ SCRATCH = Recipe(
     crop=(0.25, 1.0),
     mask_repeats=2,
     cutmix=0.5,
-    pseudo_labels=(1 / 2, 3 / 4),
     muon=True,
     encoder_lr=1,
 )
-PRETRAINED = Recipe(
-    sizes=((1, 3 / 4),), crop=(0.4, 1.0), mask_repeats=3, cutmix=0, pseudo_labels=(), muon=False, encoder_lr=0.2
-)
+PRETRAINED = Recipe(sizes=((1, 3 / 4),), crop=(0.4, 1.0), mask_repeats=3, cutmix=0, muon=False, encoder_lr=0.2)
 
 
 class Plan(NamedTuple):
@@ -97,7 +92,7 @@ def training_parser(description, out):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--data', default='datasets/data_new', metavar='DIR', help='folder of the splits (default: %(default)s)')
-    add('--epochs', type=whole_number(1), default=26, help='passes over the data (default: %(default)s)')
+    add('--epochs', type=whole_number(1), default=30, help='passes over the data (default: %(default)s)')
     add('--batch-size', type=whole_number(1), default=32, help='over all processes (default: %(default)s)')
     add('--lr', type=positive_number, default=3e-3, help='highest learning rate (default: %(default)s)')
     encoder_help = "'unet', from scratch, or a timm model, such as tf_efficientnet_lite0 (default: %(default)s)"
@@ -260,11 +255,6 @@ class Run:
         self.schedule.step()
         self.average.update_parameters(self.model)
 
-    def write_pseudo_labels(self, path, subset, size, before_batch):
-        """Label a Subset with the average of the weights, for the epoch that starts."""
-        options = {'size': size, 'bfloat16': self.bfloat16, 'before_batch': before_batch}
-        write_pseudo_labels(path, self.position()[0], self.average.module, subset, self.device, **options)
-
     def end_epoch(self, row):
         """Add the epoch's row to the history; keep its model if it is the best so far."""
         self.history.append(row)
@@ -386,9 +376,6 @@ def train(network, weighting, args, plan=None):
         splits = plan.load(args.data, network.tasks, args.limit_batches and args.limit_batches * args.batch_size)
         train_set = splits['train'].dataset
         checkpoint = on_main_process(lambda: find_checkpoint(out, args.resume))
-        last_size = training_size(args.epochs, args.epochs, train_set.image_size, recipe.sizes)
-        labels_path = out / 'pseudo_labels.h5'
-        pseudo_shares = recipe.pseudo_labels if unlabelled(splits['train'], network.tasks) else ()
         train_set.jitter, train_set.cutmix = JITTER, recipe.cutmix
         encoder_lr = args.encoder_lr or args.lr * recipe.encoder_lr
         model = make_model(network, train_set, args.encoder, encoder_weights, read_weights=not checkpoint)
@@ -427,10 +414,6 @@ def train(network, weighting, args, plan=None):
             for epoch in range(len(run.history) + 1, args.epochs + 1):
                 size = training_size(epoch, args.epochs, train_set.image_size, recipe.sizes)
                 train_set.transform = RandomCropFlip(*size, recipe.crop)
-                if labels_epoch := epoch_of_labels(epoch, args.epochs, pseudo_shares):
-                    if run.position() == (labels_epoch, 0):
-                        on_main_process(lambda: run.write_pseudo_labels(labels_path, splits['train'], last_size, check))
-                    train_set.use_pseudo_labels(labels_path, labels_epoch)
                 batches = draw(epoch=epoch)
                 loader = batches.loader(run.steps, args.workers, device)
                 losses = train_one_epoch(run, loader, f'epoch {epoch}/{args.epochs}', checkpoints.before_step)

@@ -32,7 +32,6 @@ from steps import FAST, OURS, REFERENCE, Line, convolution_flops, make_batch, ma
 import engine
 from dataloader_mtl import epoch_positions, load_splits, training_size
 from models import MTLNet, UNet
-from pseudo_labels import epoch_of_labels
 from support.cli import positive_number, run_script, whole_number
 from support.device import keep_freed_memory
 
@@ -92,16 +91,11 @@ def recipe_cases(data):
     part, epochs = load_splits(data, MTLNet.tasks)['train'], engine.training_parser('', out='').parse_args([]).epochs
     recipe, dataset, name = engine.SCRATCH, part.dataset, list(WATERFALL)[-1]
     indices = torch.as_tensor(part.indices)[epoch_positions(part, recipe.mask_repeats)]
-    masked = float(dataset.labelled['mask'][indices].mean())
-    with_pseudo_masks = masked + (1 - masked) * (1 - recipe.cutmix)
-    cases = Counter()
-    for epoch in range(1, epochs + 1):
-        share = with_pseudo_masks if epoch_of_labels(epoch, epochs, recipe.pseudo_labels) else masked
-        cases[Case(name, training_size(epoch, epochs, dataset.image_size, recipe.sizes), share)] += 1
-    share = sum(case.share * count for case, count in cases.items()) / epochs
+    share = float(dataset.labelled['mask'][indices].mean())
+    sizes = Counter(training_size(epoch, epochs, dataset.image_size, recipe.sizes) for epoch in range(1, epochs + 1))
     return {
         f'+ {share:.0%} of the images decoded': {Case(name, dataset.image_size, share): 1},
-        '+ image sizes of the recipe': cases,
+        '+ image sizes of the recipe': {Case(name, size, share): count for size, count in sizes.items()},
     }
 
 

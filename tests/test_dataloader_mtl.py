@@ -669,27 +669,31 @@ def test_size_grows_with_the_epochs():
     assert training_size(1, 1, (256, 256), shares) == (96, 96)
 
 
-def test_cutmix_pastes_rectangles_of_images_without_a_mask(shared_data):
+def test_cutmix_pastes_rectangles_among_masked_images_and_among_those_with_a_class_alone(shared_data):
+    """Of ten images, four have all labels, four the class alone, one class and box, one none."""
     torch.manual_seed(0)
     plain, mixing = MTLDataset('train', root=shared_data), MTLDataset('train', root=shared_data, cutmix=1)
     for dataset in plain, mixing:
-        dataset.labelled['mask'][:4], dataset.labels[:4] = False, range(4)
-    mixing.labels[5] = -1
-    before, after = plain[list(range(6))], mixing[list(range(6))]
-    n_classes = len(plain.class_names)
-    rolled = before.image[:4].roll(1, 0)
-    changed = (after.image[:4] != before.image[:4]).any(dim=1)
-    share = 1 - changed.float().mean(dim=(1, 2))
-    assert 0 < share.min() and share.max() < 1
-    for row in range(4):
-        assert torch.equal(after.image[row][:, changed[row]], rolled[row][:, changed[row]])
-    own, other = (F.one_hot(labels, n_classes) for labels in (before.label[:4], before.label[:4].roll(1, 0)))
-    weight = after.label[:4].gather(1, before.label[:4, None])
-    torch.testing.assert_close(after.label[:4], weight * own + (1 - weight) * other)
-    assert weight[:, 0] == pytest.approx(share, abs=0.02)
-    assert after.bbox[:4].isnan().all() and torch.equal(after.bbox[4:], before.bbox[4:])
-    assert torch.equal(after.image[4:], before.image[4:])
-    assert after.label[4].argmax() == before.label[4] and after.label[4].sum() == 1 and after.label[5].sum() == 0
+        dataset.labels[:9] = [0, 1, 2, 3, 4, 5, 6, 7, 0]
+        dataset.labels[9], dataset.labelled['class'][9] = -1, False
+        dataset.labelled['mask'][4:10] = dataset.labelled['box'][4:8] = dataset.labelled['box'][9] = False
+    before, after = plain[list(range(10))], mixing[list(range(10))]
+    for rows in range(4), range(4, 8):
+        others = [rows[-1], *rows[:-1]]
+        changed = (after.image != before.image).any(dim=1)[rows]
+        share = 1 - changed.float().mean(dim=(1, 2))
+        assert 0 < share.min() and share.max() < 1
+        for row, other, pixels in zip(rows, others, changed):
+            assert torch.equal(after.image[row][:, pixels], before.image[other][:, pixels])
+            expected = torch.where(pixels, before.mask[other], before.mask[row])
+            torch.testing.assert_close(after.mask[row], expected, equal_nan=True)
+        own, other = (F.one_hot(before.label[list(each)], len(plain.class_names)) for each in (rows, others))
+        weight = after.label[rows].gather(1, before.label[rows, None])
+        torch.testing.assert_close(after.label[rows], weight * own + (1 - weight) * other)
+        assert weight[:, 0] == pytest.approx(share, abs=0.02)
+        assert after.bbox[rows].isnan().all()
+    assert torch.equal(after.image[8:], before.image[8:]) and torch.equal(after.bbox[8:], before.bbox[8:])
+    assert after.label[8].argmax() == before.label[8] and after.label[8].sum() == 1 and after.label[9].sum() == 0
 
 
 @pytest.mark.parametrize('masks, times', [(36, 1), (12, 1), (11, 3), (1, 3), (0, 1)])

@@ -39,12 +39,11 @@ MAINS = (
 )
 # Each imports from earlier levels only, support from support only.
 LEVELS = (
-    ('synthetic_pets',),
+    ('synthetic_pets', 'comparison'),
     ('data_rechunk', 'data_prepare'),
     ('dataloader_mtl', 'utils', 'optimizers'),
     ('models',),
     ('evaluation', 'prediction'),
-    ('pseudo_labels',),
     ('engine',),
     ('train_mtl', 'train_baseline', 'train_ablation', 'mtl_vis', 'export_onnx'),
     ('oeq_weighting',),
