@@ -4,6 +4,7 @@
     UNet         mask                    (the single-task baseline)
     AblatedNet   mask and class
     AblatedNet2  mask and box
+    ClassNet, BoxNet, ClassBoxNet   class, box, class and box   (of study.py)
 
 Every network takes float images (N, c_in, H, W) whose sides are multiples of 16 from 64 to 4,096, and
 returns `Outputs`. Shapes are written (N, C, H, W); /k stands for a side divided by k, rounded up.
@@ -293,6 +294,24 @@ class AblatedNet2(SharedEncoderNet):
     tasks = ('mask', 'box')
 
 
+class ClassNet(SharedEncoderNet):
+    """The class alone."""
+
+    tasks = ('class',)
+
+
+class BoxNet(SharedEncoderNet):
+    """The box alone."""
+
+    tasks = ('box',)
+
+
+class ClassBoxNet(SharedEncoderNet):
+    """Class and box, without a mask decoder."""
+
+    tasks = ('class', 'box')
+
+
 class FlipAveraged(nn.Module):
     """A network whose outputs are means over the images and their mirror images."""
 
@@ -315,7 +334,9 @@ class FlipAveraged(nn.Module):
         return Outputs(label, mask, bbox)
 
 
-NETWORKS = {network.__name__: network for network in (MTLNet, UNet, AblatedNet, AblatedNet2)}
+NETWORKS = {
+    network.__name__: network for network in (MTLNet, UNet, AblatedNet, AblatedNet2, ClassNet, BoxNet, ClassBoxNet)
+}
 
 
 # ---- model files: best.pt and mtl_model.pt

@@ -131,6 +131,12 @@ def original_files(tmp_path):
 
 
 @pytest.fixture
+def rechunk_in_this_process(monkeypatch):
+    """Faster, for tests of other things than data_rechunk.py."""
+    monkeypatch.setattr('data_rechunk.in_own_process', lambda seconds, function, *args: function(*args))
+
+
+@pytest.fixture
 def oxford(tmp_path):
     """Function that writes images in the official layout, with the arguments of `write_oxford`; returns the root."""
     return lambda *args, **kw: write_oxford(tmp_path / 'oxford', *args, **kw)

@@ -30,6 +30,8 @@ from dataloader_mtl import (
 from support.cli import InputError
 from support.hdf5 import SPLITS, create_h5, read_text
 
+pytestmark = pytest.mark.usefixtures('rechunk_in_this_process')
+
 
 def table(root, split, stem):
     with h5py.File(root / split / f'{stem}.h5') as file:
@@ -154,7 +156,7 @@ def test_files_are_opened_once_in_a_process(shared_data, monkeypatch):
     assert not opened
 
 
-@pytest.mark.parametrize('method', ['fork', 'spawn'])
+@pytest.mark.parametrize('method', ['fork', pytest.param('spawn', marks=pytest.mark.slow)])
 def test_workers_give_the_samples_of_a_single_process(shared_data, method):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f'no {method} on this system')

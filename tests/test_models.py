@@ -10,6 +10,9 @@ from models import (
     AblatedNet,
     AblatedNet2,
     BoxHead,
+    BoxNet,
+    ClassBoxNet,
+    ClassNet,
     FlipAveraged,
     MTLNet,
     Outputs,
@@ -127,7 +130,7 @@ def test_gradient_of_selected_rows_is_channels_last():
 
 def test_other_networks_have_a_subset_of_mtlnets_parameters():
     whole = dict(MTLNet().named_parameters())
-    for network in UNet, AblatedNet, AblatedNet2:
+    for network in UNet, AblatedNet, AblatedNet2, ClassNet, BoxNet, ClassBoxNet:
         part = dict(network().named_parameters())
         assert part.keys() < whole.keys()
         assert all(part[name].shape == whole[name].shape for name in part)
@@ -136,7 +139,7 @@ def test_other_networks_have_a_subset_of_mtlnets_parameters():
         for name, value in vars(models).items()
         if isinstance(value, type) and issubclass(value, models.SharedEncoderNet)
     ]
-    assert len(blocks) == 5
+    assert len(blocks) == 8
 
 
 def test_every_parameter_has_a_gradient(full_networks):
@@ -224,8 +227,9 @@ def test_model_file_holds_weights_in_half_precision_and_the_rest_as_it_is(tmp_pa
         assert torch.equal(loaded[name], tensor.half().float() if rounded else tensor), name
 
 
-def test_model_file_of_the_repository_is_read(full_networks):
-    model = load_model(ROOT / 'mtl_model.pt')
+@pytest.mark.parametrize('name', ['mtl_model.pt', 'mtl_model_scratch.pt'])
+def test_model_files_of_the_repository_are_read(full_networks, name):
+    model = load_model(ROOT / name)
     images = torch.zeros(1, 3, *model.image_size)
     assert type(model) is MTLNet and all(each.isfinite().all() for each in model(images))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -32,6 +32,7 @@ MAINS = (
     'export_onnx',
     'mtl_vis',
     'oeq_weighting',
+    'study',
     'synthetic_pets',
     'train_ablation',
     'train_baseline',
@@ -40,13 +41,14 @@ MAINS = (
 # Each imports from earlier levels only, support from support only.
 LEVELS = (
     ('synthetic_pets', 'comparison'),
-    ('data_rechunk', 'data_prepare'),
+    ('data_rechunk', 'data_prepare', 'study_tables'),
     ('dataloader_mtl', 'utils', 'optimizers'),
     ('models',),
     ('evaluation', 'prediction'),
     ('engine',),
     ('train_mtl', 'train_baseline', 'train_ablation', 'mtl_vis', 'export_onnx'),
     ('oeq_weighting',),
+    ('study',),
 )
 QUICK = ('--epochs', 1, '--limit-batches', 1)
 

@@ -1,0 +1,281 @@
+"""The study: do the auxiliary tasks help the masks, and how should the tasks be weighted?
+
+    python data_prepare.py --source oxford --root DIR --size 128 --folds 5 --out datasets/folds
+    python data_rechunk.py --data datasets/folds
+    python study.py --data datasets/folds --jobs 2      # trains what is missing, goes on after any stop
+    python study.py --table                             # draws the tables alone, from --out
+
+Each arm, a way to train, is trained on each fold with the same steps and the same masked images in the same
+augmentation; arms that use more images add them to the batches. Finished runs are kept in --out as scores.csv.gz, the
+test metrics of each image, and runs.csv; table.md, effects.png and masks.png are drawn from them. What --out has is
+not trained again, on whichever machine; unfinished runs are in --runs. One --out for one data and commit.
+"""
+
+import argparse
+import math
+import multiprocessing
+import sys
+import time
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+import engine
+import study_tables
+from dataloader_mtl import LOADING, EpochBatches, Sample, load_splits
+from models import AblatedNet, AblatedNet2, BoxNet, ClassBoxNet, ClassNet, MTLNet, SharedEncoderNet, UNet, load_model
+from oeq_weighting import FIXED, weighting
+from support.cli import InputError, StopRequest, run_script, whole_number
+from support.files import lock_folder
+from utils import WeightedLoss
+
+MASKED, OTHERS = 8, 24  # images of a batch: with a mask, and those that arms with more images add
+EPOCHS, STEPS = 20, 90  # validations of a run, and steps from one to the next
+RATES = (1e-3, 3e-3, 1e-2)  # learning rates to choose from
+IMAGENET = ('tf_efficientnet_lite0', 'imagenet')
+# 128 x 128 throughout, as the folds are prepared; otherwise the recipes of the training scripts, without CutMix.
+SCRATCH = engine.SCRATCH._replace(sizes=((1, 1),), cutmix=0)
+PRETRAINED = engine.PRETRAINED._replace(sizes=((1, 1),))
+
+
+class Arm(NamedTuple):
+    """A way to train; `others`: whether images without a mask are added."""
+
+    text: str
+    network: type[SharedEncoderNet]
+    others: bool = True
+    weights: str = 'equal'  # a name of oeq_weighting.py
+    encoder: tuple = ('unet', 'none')
+    masks: int | None = None  # masked images in training; None: all
+    longer: int = 1  # times the steps
+    sequential: bool = False  # the first half of the steps on class and box
+    rate_of: str = 'mtl'  # the arm whose chosen learning rate it takes
+    reference: str = 'unet'  # the arm it is compared with
+
+
+ARMS = {
+    'unet': Arm('mask alone', UNet, others=False, rate_of='unet'),
+    'mtl': Arm('all tasks, equal weights', MTLNet),
+    'unet-long': Arm('mask alone, the time of all tasks', UNet, others=False, longer=3, rate_of='unet'),
+    'mtl-masked': Arm('all tasks, masked images alone', MTLNet, others=False),
+    'without-bbox': Arm('mask and class', AblatedNet),
+    'without-class': Arm('mask and box', AblatedNet2),
+    **{name: Arm(f'all tasks, weights {name}', MTLNet, weights=name) for name in (*FIXED, 'uncertainty')},
+    'sequential': Arm('class and box, then mask', UNet, sequential=True),
+    'unet-60': Arm('mask alone, 60 masks', UNet, others=False, masks=60, rate_of='unet'),
+    'mtl-60': Arm('all tasks, 60 masks', MTLNet, masks=60, reference='unet-60'),
+    'unet-240': Arm('mask alone, 240 masks', UNet, others=False, masks=240, rate_of='unet'),
+    'mtl-240': Arm('all tasks, 240 masks', MTLNet, masks=240, reference='unet-240'),
+    'unet-imagenet': Arm('mask alone, ImageNet', UNet, others=False, encoder=IMAGENET, rate_of='unet-imagenet'),
+    'mtl-imagenet': Arm(
+        'all tasks, ImageNet', MTLNet, encoder=IMAGENET, rate_of='mtl-imagenet', reference='unet-imagenet'
+    ),
+    'class': Arm('class alone', ClassNet),
+    'box': Arm('box alone', BoxNet),
+}
+# In this order; (arms, folds).
+PARTS = (
+    (('unet', 'mtl', 'unet-long', 'mtl-masked', 'without-bbox', 'without-class'), 5),
+    ((*FIXED, 'uncertainty', 'sequential'), 3),
+    (('unet-60', 'mtl-60', 'unet-240', 'mtl-240'), 3),
+    (('unet-imagenet', 'mtl-imagenet'), 3),
+    (('class', 'box'), 3),
+)
+
+
+class RunKey(NamedTuple):
+    """A training run."""
+
+    arm: str
+    fold: int
+    rate: float
+
+
+# ---- one run
+
+
+class PairedBatches(EpochBatches):
+    """EpochBatches of masked images, to which others are added: both are lists of lists of positions.
+
+    The masked images come in the same augmentation, with or without the others.
+    """
+
+    def __init__(self, subset, masked, others, seed, epoch):
+        super().__init__(subset, [one + two for one, two in zip(masked, others)], seed, epoch)
+        self.parts = list(zip(masked, others))
+
+    def __getitem__(self, number):
+        self.seed(number, LOADING)
+        batches = [self.subset[part] for part in self.parts[number] if part]
+        return Sample(*map(torch.cat, zip(*batches)))
+
+
+def repeat_shuffled(positions, count, size, *key):
+    """`count` lists of `size` of the `positions`: shuffled, all of them before one comes again; seeded by `key`."""
+    generator = np.random.default_rng(key)
+    passes = [generator.permutation(positions) for _ in range(math.ceil(count * size / max(1, len(positions))))]
+    return np.concatenate(passes)[: count * size].reshape(count, size).tolist()
+
+
+def draw_batches(steps, with_others, subset, repeats, batch_size, seed, epoch):
+    """The PairedBatches of an epoch of `steps`; the other arguments as of `draw_epoch`."""
+    has_mask = subset.dataset.labelled['mask'][subset.indices]
+    masked = repeat_shuffled(np.flatnonzero(has_mask), steps, MASKED, seed, epoch, 0)
+    others = [[]] * steps
+    if with_others and not has_mask.all():
+        others = repeat_shuffled(np.flatnonzero(~has_mask), steps, OTHERS, seed, epoch, 1)
+    return PairedBatches(subset, masked, others, seed, epoch)
+
+
+def load_fold(masks, root, tasks, limit):
+    """`load_splits` with `masks` of the masks in training, the same whichever the tasks; None: all of them."""
+    splits = load_splits(root, tasks, limit)
+    train, known = splits['train'].dataset, splits['train'].dataset.labelled['mask']
+    if masks is not None:
+        known[np.random.default_rng(0).permutation(np.flatnonzero(known))[masks:]] = False
+    # Masked images are drawn for their other labels, too, also by networks without a mask.
+    labelled = set(train.with_labels(tasks))
+    splits['train'] = Subset(train, [index for index in range(len(train)) if index in labelled or known[index]])
+    return splits
+
+
+def load_encoder(path, model):
+    """Start a network with the encoder of the model file at `path`."""
+    model.encoder.load_state_dict(load_model(path).encoder.state_dict())
+
+
+def train_run(key, data, folder, epochs=EPOCHS, steps=STEPS):
+    """Train a RunKey into `folder`, or continue; returns the content of metrics.json."""
+    arm = ARMS[key.arm]
+    recipe = SCRATCH if arm.encoder[1] == 'none' else PRETRAINED
+
+    def train(network, loss, out, epochs, with_others, start=None):
+        options = {'--data': Path(data) / f'fold{key.fold}', '--out': out, '--epochs': epochs, '--lr': key.rate}
+        options |= {'--workers': 0, '--resume': 'auto', '--batch-size': MASKED + OTHERS * with_others}
+        options |= dict(zip(('--encoder', '--encoder-weights'), arm.encoder))
+        args = engine.training_parser('', out='').parse_args([str(part) for pair in options.items() for part in pair])
+        plan = engine.Plan(
+            recipe,
+            load=partial(load_fold, arm.masks),
+            draw=partial(draw_batches, steps * arm.longer, with_others),
+            start=start,
+            about={'arm': key.arm, 'steps': steps * arm.longer},
+        )
+        return engine.train(network, loss, args, plan)
+
+    if not arm.sequential:
+        loss = weighting(arm.weights) if arm.network is MTLNet else WeightedLoss.equal(arm.network.tasks)
+        return train(arm.network, loss, folder, epochs, arm.others)
+    first = train(ClassBoxNet, WeightedLoss.equal(ClassBoxNet.tasks), folder / 'first', epochs // 2, True)
+    start = partial(load_encoder, folder / 'first' / 'best.pt')
+    second = train(arm.network, WeightedLoss.equal(arm.network.tasks), folder, epochs - epochs // 2, False, start)
+    return second | {'training_seconds': first['training_seconds'] + second['training_seconds']}
+
+
+# ---- all runs
+
+
+def chosen_rate(arm, runs):
+    """The learning rate with the best validation metric on fold 0, None as long as a rate is missing."""
+    found = {key.rate: run for key, run in runs.items() if key.arm == ARMS[arm].rate_of and key.fold == 0}
+    if set(RATES) - set(found):
+        return None
+    return max(RATES, key=lambda rate: found[rate]['val_dice'])
+
+
+def missing_runs(runs, arms, folds):
+    """The RunKeys that can be trained next and are not among `runs`, in order."""
+    keys = []
+    for names, count in PARTS:
+        wanted = [name for name in names if name in arms]
+        for name in dict.fromkeys(ARMS[name].rate_of for name in wanted):
+            keys += [RunKey(name, 0, rate) for rate in RATES]
+        rates = {name: chosen_rate(name, runs) for name in wanted}
+        keys += [RunKey(name, fold, rates[name]) for fold in folds if fold < count for name in wanted if rates[name]]
+    return [key for key in dict.fromkeys(keys) if key not in runs]
+
+
+def start_run(key, data, root, threads):
+    """Train a run in a process of its own; what it prints goes to log.txt in its folder."""
+    folder = root / f'{key.arm}-fold{key.fold}-{key.rate:g}'
+    process = multiprocessing.get_context('spawn').Process(target=run_process, args=(key, data, folder, threads))
+    process.start()
+    return process
+
+
+def run_process(key, data, folder, threads):
+    torch.set_num_threads(threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'log.txt', 'a', buffering=1) as log, redirect_stdout(log):
+        run_script(lambda: study_tables.write_result(train_run(key, data, folder), folder))
+
+
+def train_all(args, arms, threads):
+    """Train all that is missing, `args.jobs` runs at a time."""
+    runs, failed, active, started = study_tables.read_runs(args.out), [], {}, time.monotonic()
+    spent, finished = 0.0, 0
+    with StopRequest() as stop:
+        try:
+            while True:
+                stop.check()
+                waiting = [key for key in missing_runs(runs, arms, args.folds) if key not in (*active, *failed)]
+                while waiting and len(active) < args.jobs:
+                    key = waiting.pop(0)
+                    active[key] = start_run(key, args.data, args.runs, threads), time.monotonic()
+                if not active:
+                    break
+                time.sleep(1)
+                for key, (process, began) in list(active.items()):
+                    if process.is_alive():
+                        continue
+                    del active[key]
+                    folder = args.runs / f'{key.arm}-fold{key.fold}-{key.rate:g}'
+                    if process.exitcode:
+                        failed.append(key)
+                        print(f'{folder}: stopped with status {process.exitcode}; see log.txt there', file=sys.stderr)
+                        continue
+                    study_tables.add_result(args.out, key, folder)
+                    runs = study_tables.read_runs(args.out)
+                    spent, finished = spent + time.monotonic() - began, finished + 1
+                    left = len(missing_runs(runs, arms, args.folds))
+                    hours = left * spent / finished / args.jobs / 3600
+                    print(
+                        f'{key.arm}, fold {key.fold}, rate {key.rate:g}: Dice {runs[key]["test_dice"]:.4f}; '
+                        f'{(time.monotonic() - started) / 60:.0f} min; {left} runs left, about {hours:.1f} h',
+                        flush=True,
+                    )
+        finally:
+            for process, _ in active.values():
+                process.terminate()  # it writes its checkpoint
+            for process, _ in active.values():
+                process.join()
+    if failed:
+        raise InputError(f'{len(failed)} runs failed; the same command goes on with them')
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--data', default='datasets/folds', metavar='DIR', help='folder of fold0, fold1 ... (default: %(default)s)')
+    add('--out', type=Path, default=Path('results/study'), metavar='DIR', help='default: %(default)s')
+    add(
+        '--runs', type=Path, default=Path('runs/study'), metavar='DIR', help='of unfinished runs (default: %(default)s)'
+    )
+    add('--only', nargs='+', choices=ARMS, default=list(ARMS), metavar='ARM', help=f'some of {", ".join(ARMS)}')
+    add('--folds', nargs='+', type=whole_number(0), default=range(5), metavar='K', help='some of the folds')
+    add('--jobs', type=whole_number(1), default=1, help='runs side by side (default: %(default)s)')
+    add('--table', action='store_true', help='train nothing, draw the tables')
+    args = parser.parse_args(argv)
+    if not args.table:
+        with lock_folder(args.out):
+            train_all(args, args.only, max(1, torch.get_num_threads() // args.jobs))
+    study_tables.draw(args.out, ARMS)
+
+
+if __name__ == '__main__':
+    run_script(main)

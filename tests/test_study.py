@@ -1,0 +1,139 @@
+"""The study: what each arm trains on, which runs are missing, and the tables."""
+
+import csv
+import gzip
+
+import numpy as np
+import pytest
+import torch
+
+import data_prepare
+import data_rechunk
+import study
+import study_tables
+from dataloader_mtl import RandomCropFlip
+from models import MTLNet, UNet, load_model
+from study import ARMS, PARTS, RATES, RunKey
+
+
+@pytest.fixture(scope='module')
+def folds(tmp_path_factory):
+    """Two folds of 24 drawn pets each, of 64 x 64."""
+    root = tmp_path_factory.mktemp('folds')
+    data_prepare.main(['--limit', '48', '--size', '64', '--folds', '2', '--out', str(root)])
+    data_rechunk.rechunk(root)
+    return root
+
+
+def part_of(root, masks, tasks=MTLNet.tasks):
+    part = study.load_fold(masks, root / 'fold0', tasks, None)['train']
+    part.dataset.transform = RandomCropFlip(64, 64)
+    return part
+
+
+def test_masked_images_come_in_the_same_augmentation_with_and_without_others(folds):
+    alone, together = part_of(folds, 10, UNet.tasks), part_of(folds, 10)
+    assert len(alone) == 10 and len(together) > 10
+    for epoch in 1, 2:
+        one = study.draw_batches(3, False, alone, 1, 8, 0, epoch)
+        both = study.draw_batches(3, True, together, 1, 32, 0, epoch)
+        assert len(one) == len(both) == 3
+        for number in range(3):
+            first, second = one[number], both[number]
+            assert len(first.image) == study.MASKED and len(second.image) == study.MASKED + study.OTHERS
+            assert torch.equal(first.image, second.image[: study.MASKED])
+            assert not first.mask.isnan().any() and second.mask[study.MASKED :].isnan().all()
+            assert one.indices(number) == both.indices(number)[: study.MASKED]
+
+
+def test_images_are_shuffled_and_all_come_before_one_comes_again():
+    drawn = np.array(study.repeat_shuffled(np.arange(5), 4, 5, 0, 1))
+    assert [sorted(row) for row in drawn.tolist()] == [[0, 1, 2, 3, 4]] * 4
+    assert drawn.tolist() != study.repeat_shuffled(np.arange(5), 4, 5, 0, 2)
+
+
+def test_few_masks_are_the_same_for_all_networks_and_nested(folds):
+    few, more = part_of(folds, 5, UNet.tasks), part_of(folds, 10)
+    known = [set(np.flatnonzero(part.dataset.labelled['mask'])) for part in (few, more)]
+    assert [len(each) for each in known] == [5, 10] and known[0] < known[1]
+    assert set(few.indices) == known[0]
+
+
+@pytest.mark.parametrize('arm', ['unet', 'mtl', 'class', 'sequential'])
+def test_arm_trains_and_its_result_is_added_once(folds, tmp_path, arm):
+    key, out = RunKey(arm, 0, 1e-3), tmp_path / 'out'
+    metrics = study.train_run(key, folds, tmp_path / 'run', epochs=2, steps=1)
+    assert metrics['config']['arm'] == arm and metrics['config']['steps'] == 1
+    study_tables.write_result(metrics, tmp_path / 'run')
+    out.mkdir()
+    for repeat in range(2):
+        study_tables.add_result(out, key, tmp_path / 'run')
+        if repeat == 0:
+            (out / 'runs.csv').unlink()  # killed between the two files
+    with gzip.open(out / 'scores.csv.gz', 'rt') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == metrics['data']['test']['images'] and rows[0]['image']
+    run = study_tables.read_runs(out)[key]
+    assert (run['test_dice'] is None) == (arm == 'class') and run['masks'] == metrics['data']['train']['mask']
+    if arm == 'sequential':
+        first = load_model(tmp_path / 'run' / 'first' / 'best.pt')
+        assert type(first).__name__ == 'ClassBoxNet'
+
+
+def test_sequential_starts_with_the_encoder_of_its_first_half(folds, tmp_path):
+    study.train_run(RunKey('sequential', 0, 1e-3), folds, tmp_path, epochs=2, steps=1)
+    first, model = load_model(tmp_path / 'first' / 'best.pt'), UNet()
+    study.load_encoder(tmp_path / 'first' / 'best.pt', model)
+    for one, two in zip(first.encoder.parameters(), model.encoder.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_rates_are_chosen_first_on_fold_0_and_nothing_is_trained_twice():
+    missing = study.missing_runs({}, list(ARMS), range(5))
+    assert missing[:3] == [RunKey('unet', 0, rate) for rate in RATES]
+    searched = {key: {'val_dice': 0.5 + (key.rate == RATES[1]) / 10} for key in missing}
+    rest = study.missing_runs(searched, list(ARMS), range(5))
+    assert not set(rest) & set(searched) and {key.rate for key in rest} == {RATES[1]}
+    runs = searched | dict.fromkeys(rest)
+    assert study.missing_runs(runs, list(ARMS), range(5)) == []
+    for names, count in PARTS:
+        for name in names:
+            assert {key.fold for key in runs if key.arm == name and key.rate == RATES[1]} == set(range(count))
+    assert {name for names, _ in PARTS for name in names} == set(ARMS)
+
+
+def write_results(out, shift):
+    """Made-up results of three folds: mtl has a Dice higher by `shift` than unet."""
+    generator, runs, scores = np.random.default_rng(0), [], []
+    for fold in range(3):
+        for arm in 'unet', 'mtl', 'class', 'box':
+            dice = np.clip(generator.normal(0.8, 0.05, 40) + shift * (arm == 'mtl'), 0, 1)
+            about = {'arm': arm, 'fold': fold, 'rate': 0.003}
+            scores += [
+                about | {'image': f'{fold}_{i}', 'dice': value} for i, value in enumerate(dice) if arm != 'class'
+            ]
+            run = about | {'masks': 70, 'minutes': 3, 'val_dice': 0.8, 'constant_dice': 0.55}
+            runs.append(run | {'test_dice': dice.mean(), 'test_accuracy': 0.5, 'test_box_iou': 0.6})
+    study_tables.write_table(out / 'runs.csv', study_tables.RUN_COLUMNS, runs)
+    study_tables.write_table(out / 'scores.csv.gz', study_tables.SCORE_COLUMNS, scores)
+
+
+def test_tables_of_made_up_scores(tmp_path, capsys):
+    write_results(tmp_path, 0.05)
+    study.main(['--table', '--out', str(tmp_path)])
+    first = (tmp_path / 'table.md').read_bytes()
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in first.decode().splitlines()[2:]]
+    table = {row[0]: dict(zip(study_tables.TITLES, row)) for row in rows}
+    mtl = table['all tasks, equal weights']
+    low, high = (float(part) for part in mtl['Dice to reference (95 %)'].split('(')[1].rstrip(')').split(' to '))
+    assert 0.02 < low < 0.05 < high < 0.08 and float(mtl['p (Holm)']) < 0.01
+    assert mtl['gain over single tasks'].startswith('+') and mtl['folds'] == '3'
+    assert table['mask alone']['Dice to reference (95 %)'] == '' and table['pet everywhere']['Dice'] == '0.550 ± 0.000'
+    assert {path.name for path in tmp_path.iterdir()} >= {'table.md', 'effects.png', 'masks.png'}
+    study.main(['--table', '--out', str(tmp_path)])
+    assert (tmp_path / 'table.md').read_bytes() == first
+
+
+def test_tables_of_no_results_are_empty(tmp_path):
+    study.main(['--table', '--out', str(tmp_path)])
+    assert len((tmp_path / 'table.md').read_text().splitlines()) == 2
