@@ -178,9 +178,9 @@ class MTLDataset(Dataset):
         label: 'breed' (breeds.h5), 'species' (binary.h5) or 'auto': the breed if there is a breeds.h5.
         jitter: strength of `colour_jitter` after the transform, in [0, 1).
         cutmix: share of the images that a batch mixes, in [0, 1]: CutMix (Yun et al., ICCV 2019) pastes a rectangle of
-            one into another. Masked images are mixed with one another, masks as well, and so are images with neither
-            mask nor box. Labels of a batch are then shares of the classes, (N, n_classes) float32, all 0 where unknown;
-            mixed images have no box.
+            one into another. Images with neither mask nor box are mixed with one another, and if under half of the
+            images have masks, so are masked ones, with their masks: few are soon known by heart. Labels of a batch are
+            then shares of the classes, (N, n_classes) float32, all 0 where unknown; mixed images have no box.
 
     Attributes:
         folder: Path of the split.
@@ -254,7 +254,8 @@ class MTLDataset(Dataset):
         n_classes = len(self.class_names)
         shares = F.one_hot(labels.clamp(min=0), n_classes).float() * (labels >= 0)[:, None]
         mask, label, box = (self.labelled[task][indices] for task in ('mask', 'class', 'box'))
-        for group in mask & label, ~mask & label & ~box:
+        rare = 2 * self.labelled['mask'].sum() < len(self)
+        for group in mask & label & rare, ~mask & label & ~box:
             chosen = torch.nonzero(torch.from_numpy(group) & (torch.rand(len(labels)) < self.cutmix))[:, 0]
             if len(chosen) > 1:
                 cut, others = v2.CutMix(num_classes=n_classes).make_params([images]), chosen.roll(1)

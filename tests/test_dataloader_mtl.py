@@ -678,7 +678,7 @@ def test_cutmix_pastes_rectangles_among_masked_images_and_among_those_with_a_cla
     for dataset in plain, mixing:
         dataset.labels[:9] = [0, 1, 2, 3, 4, 5, 6, 7, 0]
         dataset.labels[9], dataset.labelled['class'][9] = -1, False
-        dataset.labelled['mask'][4:10] = dataset.labelled['box'][4:8] = dataset.labelled['box'][9] = False
+        dataset.labelled['mask'][4:] = dataset.labelled['box'][4:8] = dataset.labelled['box'][9] = False
     before, after = plain[list(range(10))], mixing[list(range(10))]
     for rows in range(4), range(4, 8):
         others = [rows[-1], *rows[:-1]]
@@ -696,6 +696,8 @@ def test_cutmix_pastes_rectangles_among_masked_images_and_among_those_with_a_cla
         assert after.bbox[rows].isnan().all()
     assert torch.equal(after.image[8:], before.image[8:]) and torch.equal(after.bbox[8:], before.bbox[8:])
     assert after.label[8].argmax() == before.label[8] and after.label[8].sum() == 1 and after.label[9].sum() == 0
+    mixing.labelled['mask'][18:] = True  # half of the masks: not rare
+    assert torch.equal(mixing[list(range(4))].image, before.image[:4])
 
 
 @pytest.mark.parametrize('masks, times', [(36, 1), (12, 1), (11, 3), (1, 3), (0, 1)])
