@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import warnings
+from collections import Counter
 from contextlib import ExitStack
 from functools import partial
 from itertools import takewhile
@@ -167,13 +168,14 @@ def describe(prediction):
 
 class Photograph(NamedTuple):
     path: Path
-    name: str  # of the files to write, without suffix; with the folders below the one that was searched
+    name: str  # of the files to write: with the folders below the one that was searched, mostly without suffix
 
 
-def find_photographs(arguments):
+def find_photographs(arguments, picture):
     """The Photographs that files, folders (searched to any depth) and patterns stand for, in order.
 
-    Raises InputError for a folder or pattern without any; a file need not exist.
+    Folders and patterns leave out `picture`, that of the run before. Photographs that differ in their suffix alone keep
+    it in their name. Raises InputError for a folder or pattern without any; a file need not exist.
     """
     found = []
     for argument in arguments:
@@ -187,10 +189,16 @@ def find_photographs(arguments):
             found.append(Photograph(path, path.stem))
             continue
         files = sorted(each for each in paths if each.suffix.lower() in SUFFIXES and each.is_file())
+        files = [each for each in files if os.path.realpath(each) != os.path.realpath(picture)]
         found += [Photograph(each, str(each.relative_to(folder).with_suffix(''))) for each in files]
         if not files:
             raise InputError(f'{argument}: finds no image; looked for files that end in {", ".join(SUFFIXES)}')
-    return found
+    count = Counter(photograph.name for photograph in found)
+    return [photograph if count[photograph.name] == 1 else with_suffix(photograph) for photograph in found]
+
+
+def with_suffix(photograph):
+    return photograph._replace(name=photograph.name + photograph.path.suffix)
 
 
 def look_at_photographs(model, photographs, args):
@@ -273,7 +281,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.photographs and (args.json or args.save_masks or args.cutouts):
         parser.error('--json, --save-masks and --cutouts need photographs')
-    photographs = find_photographs(args.photographs)
+    photographs = find_photographs(args.photographs, args.out)
     targets = [args.out] + [args.json] * (args.json not in (None, '-'))
     targets += [mask_path(args, each.name) for each in photographs if args.save_masks]
     targets += [cutout_path(args, each.name) for each in photographs if args.cutouts]

@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from dataloader_mtl import normalise
 from models import FlipAveraged, load_model  # noqa: F401, load_model for those who import predict
 from support.cli import InputError
-from support.files import read_image, to_rgb
+from support.files import UnreadableFile, read_image, to_rgb  # noqa: F401, UnreadableFile for those who catch it
 
 LIKELIEST = 5  # breeds of a Prediction
 EXPECTED = (

@@ -142,7 +142,8 @@ def to_rgb(image):
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     elif image.mode.startswith(('I', 'F')):
         # Pillow clips grey of 16 bits and float at 255 instead of scaling it.
-        values = np.asarray(image)
-        scale = 255 if image.mode == 'F' and values.max() <= 1 else 1 / 256 if values.max() > 255 else 1
+        values = np.nan_to_num(np.asarray(image))
+        # Floats in [0, 1] may overshoot after resizing; of 0 to 255, an image up to 2 would be black.
+        scale = 255 if image.mode == 'F' and values.max() <= 2 else 1 / 256 if values.max() > 255 else 1
         image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
     return image.convert('RGB')

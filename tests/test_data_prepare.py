@@ -315,6 +315,13 @@ def test_every_mode_becomes_rgb(mode, colour):
         assert rgb.getpixel((3, 3)) == (90, 90, 90)
 
 
+def test_float_images_may_overshoot_one_and_hold_nan():
+    values = np.full((6, 8), 90.5 / 255, np.float32)
+    values[0, 0], values[1, 1] = 1.08, np.nan
+    rgb = to_rgb(Image.fromarray(values))
+    assert [rgb.getpixel(at) for at in ((3, 3), (0, 0), (1, 1))] == [(90,) * 3, (255,) * 3, (0,) * 3]
+
+
 def test_exif_rotation_is_not_applied(oxford, tmp_path):
     root = oxford(10, size=(64, 64))
     pixels = np.zeros((64, 64, 3), np.uint8)

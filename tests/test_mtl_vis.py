@@ -188,6 +188,17 @@ def test_patterns_name_files_by_the_folders_below_them(model_path, tmp_path, cap
     run(*out, tmp_path / '[1].png')
 
 
+def test_same_names_keep_their_suffix_and_the_picture_of_the_last_run_is_left_out(model_path, tmp_path, capsys):
+    for name in 'cat.png', 'cat.jpg', 'dog.png':
+        photograph(tmp_path / name, size=(20, 16))
+    options = '--model', model_path, '--out', tmp_path / 'mask.png', '--cutouts', tmp_path.parent / 'cutouts'
+    for _ in range(2):
+        run(*options, tmp_path)
+        assert len(capsys.readouterr().out.splitlines()) == 4
+    names = sorted(path.name for path in (tmp_path.parent / 'cutouts').iterdir())
+    assert names == ['cat.jpg_cutout.png', 'cat.png_cutout.png', 'dog_cutout.png']
+
+
 def test_patterns_and_folders_without_photographs_are_named(model_path, tmp_path, error_line):
     out = '--model', model_path, '--out', tmp_path / 'out.png'
     assert 'x*.png: finds no image; looked for files that end in .jpg' in error_line(main, *out, tmp_path / 'x*.png')
