@@ -189,7 +189,8 @@ def find_photographs(arguments, picture):
             found.append(Photograph(path, path.stem))
             continue
         files = sorted(each for each in paths if each.suffix.lower() in SUFFIXES and each.is_file())
-        files = [each for each in files if os.path.realpath(each) != os.path.realpath(picture)]
+        # macOS leaves files like ._cat.jpg on other systems' disks.
+        files = [each for each in files if each.name[0] != '.' and os.path.realpath(each) != os.path.realpath(picture)]
         found += [Photograph(each, str(each.relative_to(folder).with_suffix(''))) for each in files]
         if not files:
             raise InputError(f'{argument}: finds no image; looked for files that end in {", ".join(SUFFIXES)}')
@@ -265,6 +266,12 @@ def json_target(text):
     return text if text == '-' else file_to_write(text)
 
 
+def folder_to_write(text):
+    if os.path.lexists(text) and not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a folder")
+    return text
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -275,8 +282,13 @@ def main(argv=None):
     add('--seed', type=whole_number(0), default=0, help='which test pets (default: %(default)s)')
     add('--flip', action='store_true', help='average with the mirror image: a better head box, in twice the time')
     add('--json', type=json_target, metavar='FILE', help='write a line of JSON for each photograph; -: print it')
-    add('--save-masks', metavar='DIR', help="write each photograph's mask as DIR/NAME_mask.png")
-    add('--cutouts', metavar='DIR', help='write each pet on transparent ground as DIR/NAME_cutout.png')
+    add('--save-masks', type=folder_to_write, metavar='DIR', help="write each photograph's mask as DIR/NAME_mask.png")
+    add(
+        '--cutouts',
+        type=folder_to_write,
+        metavar='DIR',
+        help='write each pet on transparent ground as DIR/NAME_cutout.png',
+    )
     add('--out', type=file_to_write, default='mask.png', metavar='FILE', help='the picture (default: %(default)s)')
     args = parser.parse_args(argv)
     if not args.photographs and (args.json or args.save_masks or args.cutouts):

@@ -150,8 +150,12 @@ def cutout(image, prediction):
     """The pet on transparent ground: a PIL image, RGBA, of the size of `image`, as `predict` takes one.
 
     Opaque where the mask's probability is above 3/4, transparent where it is below 1/4, in between in proportion.
+    Raises ValueError for the prediction of an image of another size or of a network without masks.
     """
     picture = to_image(image)
+    found = np.shape(prediction.mask_probability)
+    if found != picture.size[::-1]:
+        raise ValueError(f'a mask of the shape {found} does not belong to an image of {picture.size[::-1]}')
     alpha = (prediction.mask_probability * 2 - 0.5).clip(0, 1) * 255
     picture.putalpha(Image.fromarray(alpha.round().astype(np.uint8)))
     return picture

@@ -191,6 +191,7 @@ def test_patterns_name_files_by_the_folders_below_them(model_path, tmp_path, cap
 def test_same_names_keep_their_suffix_and_the_picture_of_the_last_run_is_left_out(model_path, tmp_path, capsys):
     for name in 'cat.png', 'cat.jpg', 'dog.png':
         photograph(tmp_path / name, size=(20, 16))
+    (tmp_path / '._cat.jpg').write_bytes(b'of macOS')
     options = '--model', model_path, '--out', tmp_path / 'mask.png', '--cutouts', tmp_path.parent / 'cutouts'
     for _ in range(2):
         run(*options, tmp_path)
@@ -233,6 +234,14 @@ def test_no_input_is_overwritten_and_no_mask_twice(model_path, tmp_path, error_l
         line = error_line(main, '--model', model_path, '--out', tmp_path / 'out.png', *arguments)
         assert 'would be written over an input or twice' in line
         assert before == {path: path.read_bytes() for path in before}
+
+
+def test_folders_to_write_are_no_files(tmp_path, capsys):
+    one = photograph(tmp_path / 'one.png')
+    for option in '--save-masks', '--cutouts':
+        with pytest.raises(SystemExit) as stopped:
+            run(option, one, one)
+        assert stopped.value.code == 2 and "one.png' is not a folder" in capsys.readouterr().err
 
 
 def test_a_missing_model_is_named(tmp_path, error_line):

@@ -187,6 +187,9 @@ def test_cutout_keeps_the_pixels_and_is_as_opaque_as_the_mask_is_sure(model):
     found = np.asarray(cutout(array, predict(model, array)._replace(mask_probability=share)))
     assert np.array_equal(found[..., :3], array)
     assert found[..., 3].tolist() == [[0, 0, 128, 191], [255, 255, 0, 255]]
+    for probability in share.T, None:
+        with pytest.raises(ValueError, match=r'does not belong to an image of \(2, 4\)'):
+            cutout(array, predict(model, array)._replace(mask_probability=probability))
 
 
 def test_numbers_that_are_not_finite_raise_input_error(model):
