@@ -30,6 +30,7 @@ import study_tables
 from dataloader_mtl import LOADING, EpochBatches, Sample, load_splits
 from models import AblatedNet, AblatedNet2, BoxNet, ClassBoxNet, ClassNet, MTLNet, SharedEncoderNet, UNet, load_model
 from oeq_weighting import FIXED, weighting
+from study_tables import RunKey
 from support.cli import InputError, StopRequest, run_script, whole_number
 from support.files import lock_folder
 from utils import WeightedLoss
@@ -86,14 +87,6 @@ PARTS = (
     (('unet-imagenet', 'mtl-imagenet'), 3),
     (('class', 'box'), 3),
 )
-
-
-class RunKey(NamedTuple):
-    """A training run."""
-
-    arm: str
-    fold: int
-    rate: float
 
 
 # ---- one run
@@ -200,9 +193,12 @@ def missing_runs(runs, arms, folds):
     return [key for key in dict.fromkeys(keys) if key not in runs]
 
 
-def start_run(key, data, root, threads):
+def folder_of(root, key):
+    return root / f'{key.arm}-fold{key.fold}-{key.rate:g}'
+
+
+def start_run(key, data, folder, threads):
     """Train a run in a process of its own; what it prints goes to log.txt in its folder."""
-    folder = root / f'{key.arm}-fold{key.fold}-{key.rate:g}'
     process = multiprocessing.get_context('spawn').Process(target=run_process, args=(key, data, folder, threads))
     process.start()
     return process
@@ -226,7 +222,7 @@ def train_all(args, arms, threads):
                 waiting = [key for key in missing_runs(runs, arms, args.folds) if key not in (*active, *failed)]
                 while waiting and len(active) < args.jobs:
                     key = waiting.pop(0)
-                    active[key] = start_run(key, args.data, args.runs, threads), time.monotonic()
+                    active[key] = start_run(key, args.data, folder_of(args.runs, key), threads), time.monotonic()
                 if not active:
                     break
                 time.sleep(1)
@@ -234,7 +230,7 @@ def train_all(args, arms, threads):
                     if process.is_alive():
                         continue
                     del active[key]
-                    folder = args.runs / f'{key.arm}-fold{key.fold}-{key.rate:g}'
+                    folder = folder_of(args.runs, key)
                     if process.exitcode:
                         failed.append(key)
                         print(f'{folder}: stopped with status {process.exitcode}; see log.txt there', file=sys.stderr)

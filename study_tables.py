@@ -8,13 +8,23 @@ import gzip
 import io
 import json
 import statistics
+from typing import NamedTuple
 
 import numpy as np
 
 from comparison import compare, holm, relative_gain
 from support.files import write_file
 
-KEY = ('arm', 'fold', 'rate')
+
+class RunKey(NamedTuple):
+    """A training run: an arm of study.py, on a fold, at a learning rate."""
+
+    arm: str
+    fold: int
+    rate: float
+
+
+KEY = RunKey._fields
 METRICS = ('dice', 'mask_iou', 'accuracy', 'box_iou')
 RUN_COLUMNS = (
     *KEY,
@@ -62,11 +72,11 @@ def write_table(path, columns, rows):
 
 
 def key_of(row):
-    return row['arm'], int(row['fold']), float(row['rate'])
+    return RunKey(row['arm'], int(row['fold']), float(row['rate']))
 
 
 def read_runs(out):
-    """{(arm, fold, learning rate): {column of runs.csv: float, None where empty}}."""
+    """{RunKey: {column of runs.csv: float, None where empty}}."""
     return {
         key_of(row): {name: float(value) if value else None for name, value in row.items() if name not in KEY}
         for row in read_table(out / 'runs.csv')
@@ -75,8 +85,8 @@ def read_runs(out):
 
 def add_result(out, key, folder):
     """Add the result.json and test_scores.csv of a finished run: scores first, as runs.csv says what is there."""
-    about = dict(zip(KEY, key))
-    scores = [row for row in read_table(out / 'scores.csv.gz') if key_of(row) != tuple(key)]
+    about = key._asdict()
+    scores = [row for row in read_table(out / 'scores.csv.gz') if key_of(row) != key]
     added = [about | row for row in read_table(folder / 'test_scores.csv')]
     write_table(out / 'scores.csv.gz', SCORE_COLUMNS, scores + added)
     row = about | json.loads((folder / 'result.json').read_text())

@@ -14,6 +14,7 @@ import study_tables
 from dataloader_mtl import RandomCropFlip
 from models import MTLNet, UNet, load_model
 from study import ARMS, PARTS, RATES, RunKey
+from support.cli import InputError
 
 
 @pytest.fixture(scope='module')
@@ -100,6 +101,43 @@ def test_rates_are_chosen_first_on_fold_0_and_nothing_is_trained_twice():
         for name in names:
             assert {key.fold for key in runs if key.arm == name and key.rate == RATES[1]} == set(range(count))
     assert {name for names, _ in PARTS for name in names} == set(ARMS)
+
+
+def test_all_runs_are_trained_two_at_a_time_and_a_failed_one_is_told(tmp_path, monkeypatch, capsys):
+    """Processes stand in for the runs: they end at once, one of them badly."""
+    started, alive = [], []
+
+    class Process:
+        def __init__(self, key, folder):
+            self.exitcode = int(key.arm == 'box')
+            folder.mkdir(parents=True)
+            metrics = {'dice': {'mean': 0.8, 'constant': 0.5}}
+            validation = {'dice': 0.7 + (key.rate == RATES[0]) / 10}
+            found = {'test': metrics, 'validation': validation, 'best_epoch': 1, 'training_seconds': 60}
+            study_tables.write_result(found | {'data': {'train': {'mask': 70}}}, folder)
+            (folder / 'test_scores.csv').write_text('image,class,dice,mask_iou,accuracy,box_iou\npug_1,pug,0.8,,,\n')
+
+        def is_alive(self):
+            alive.append(len(started))
+            return False
+
+    def start(key, data, folder, threads):
+        started.append(key)
+        return Process(key, folder)
+
+    monkeypatch.setattr(study, 'start_run', start)
+    monkeypatch.setattr(study.time, 'sleep', lambda seconds: None)
+    options = '--out', str(tmp_path / 'out'), '--runs', str(tmp_path / 'runs'), '--jobs', '2', '--folds', '0', '1'
+    with pytest.raises(InputError, match='2 runs failed; the same command goes on with them'):
+        study.main([*options, '--only', 'unet', 'mtl', 'box'])
+    assert alive[0] == 2 and len(started) == len(set(started)) == 3 + 3 + 2 + 2
+    assert set(started) >= {RunKey(arm, 1, RATES[0]) for arm in ('unet', 'mtl', 'box')}
+    done = study_tables.read_runs(tmp_path / 'out')
+    assert set(done) == {key for key in started if key.arm != 'box'}
+    assert 'runs left, about' in capsys.readouterr().out
+    started.clear()
+    study.main([*options, '--only', 'unet'])
+    assert started == [] and '| mask alone | 2 |' in (tmp_path / 'out' / 'table.md').read_text()
 
 
 def write_results(out, shift):
