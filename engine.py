@@ -5,13 +5,12 @@ The training scripts say which network and which weighting of the tasks' losses;
     args = engine.training_parser(__doc__, out='runs/mtl').parse_args()
     engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), args)
 
-A run writes last.pt (all that --resume needs), log.csv, curves.png, best.pt (the model with the
-best validation Dice) and, at the end, metrics.json with the test metrics of best.pt and test_scores.csv with those of
-each image. On a CPU, a run that was
-stopped or killed and resumed ends with the same weights as one that was not, bit for bit: every random
-number comes from a seed made of --seed, the epoch and the step. Augmentation, image size and batches of an
-epoch are in dataloader_mtl.py, losses and metrics in utils.py, the optimiser in optimizers.py, validation and
-the test in evaluation.py.
+A run writes last.pt (all that --resume needs), log.csv, curves.png, best.pt (the model with the best
+validation Dice) and, at the end, metrics.json with the test metrics of best.pt and test_scores.csv with those
+of each image. On a CPU, a run that was stopped or killed and resumed ends with the same weights as one that
+was not, bit for bit: every random number comes from a seed made of --seed, the epoch and the step.
+Augmentation, image size and batches of an epoch are in dataloader_mtl.py, losses and metrics in utils.py, the
+optimiser in optimizers.py, validation and the test in evaluation.py.
 """
 
 import argparse
@@ -214,6 +213,14 @@ def make_model(network, dataset, encoder='unet', weights='none', read_weights=Tr
     return model
 
 
+def chosen_by(row):
+    """The metric that chooses the best epoch: the first of METRICS that validation has labels for.
+
+    None without any; the last epoch is the best then.
+    """
+    return next((name for name in METRICS if f'val_{name}' in row), None)
+
+
 class Run:
     """All that training changes. `state` returns what last.pt holds, `restore` reads it back."""
 
@@ -259,9 +266,8 @@ class Run:
         """Add the epoch's row to the history; keep its model if it is the best so far."""
         self.history.append(row)
         self.start_epoch()
-        # By the first metric that validation has labels for; without any, the last epoch is the best.
-        chosen_by = next((f'val_{name}' for name in METRICS if f'val_{name}' in row), None)
-        if self.best is None or chosen_by is None or row[chosen_by] > self.best[chosen_by]:
+        name = chosen_by(row)
+        if self.best is None or name is None or row[f'val_{name}'] > self.best[f'val_{name}']:
             self.best = row
             self.best_model = model_content(self.average.module, *self.about)
 
@@ -452,8 +458,8 @@ def train(network, weighting, args, plan=None):
             'learned_weighting': {name: p.item() for name, p in weighting.named_parameters()},
         }
         if is_main_process():
-            chosen_by = next((name for name in METRICS if f'val_{name}' in best), None)
-            chosen = f'best validation {chosen_by}' if chosen_by else 'the last, without validation labels'
+            name = chosen_by(best)
+            chosen = f'best validation {name}' if name else 'the last, without validation labels'
             print_test(f'Test, epoch {best["epoch"]} of {args.epochs} ({chosen})', test, PRINTED)
             write_scores(scores, *image_names(splits['test']), out / 'test_scores.csv')
             metrics = write_metrics(metrics, out / 'metrics.json')

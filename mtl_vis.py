@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from dataloader_mtl import MTLDataset, denormalise
 from prediction import cutout, load_model, predict
-from support.cli import InputError, file_to_write, one_line, run_script, whole_number
+from support.cli import InputError, file_to_write, folder_to_write, one_line, run_script, whole_number
 from support.device import keep_freed_memory
 from support.files import UnreadableFile, read_image, replacing, write_file
 
@@ -264,12 +264,6 @@ def as_json(path, size, prediction):
 
 def json_target(text):
     return text if text == '-' else file_to_write(text)
-
-
-def folder_to_write(text):
-    if os.path.lexists(text) and not os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a folder")
-    return text
 
 
 def main(argv=None):

@@ -5,7 +5,6 @@ In the folder of the results, runs.csv has a row for each run and scores.csv.gz 
 
 import csv
 import gzip
-import io
 import json
 import statistics
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 
 from comparison import compare, holm, relative_gain
 from support.files import write_file
+from support.report import write_csv
 
 
 class RunKey(NamedTuple):
@@ -60,17 +60,6 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
-def write_table(path, columns, rows):
-    text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    content = text.getvalue().encode()
-    if path.suffix == '.gz':
-        content = gzip.compress(content, mtime=0)  # the same rows give the same bytes
-    write_file(path, lambda file: file.write(content))
-
-
 def key_of(row):
     return RunKey(row['arm'], int(row['fold']), float(row['rate']))
 
@@ -88,9 +77,9 @@ def add_result(out, key, folder):
     about = key._asdict()
     scores = [row for row in read_table(out / 'scores.csv.gz') if key_of(row) != key]
     added = [about | row for row in read_table(folder / 'test_scores.csv')]
-    write_table(out / 'scores.csv.gz', SCORE_COLUMNS, scores + added)
+    write_csv(SCORE_COLUMNS, scores + added, out / 'scores.csv.gz')
     row = about | json.loads((folder / 'result.json').read_text())
-    write_table(out / 'runs.csv', RUN_COLUMNS, [*read_table(out / 'runs.csv'), row])
+    write_csv(RUN_COLUMNS, [*read_table(out / 'runs.csv'), row], out / 'runs.csv')
 
 
 # ---- the tables

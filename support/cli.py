@@ -175,3 +175,10 @@ def file_to_write(text):
     if not text or other or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"'{text}' is not a file that can be written")
     return text
+
+
+def folder_to_write(text):
+    """An argparse type: the path of a folder, which need not exist."""
+    if os.path.lexists(text) and not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a folder")
+    return text

@@ -1,6 +1,7 @@
 """What a run reports: the epoch's line, test metrics, log.csv, curves.png, test_scores.csv and metrics.json."""
 
 import csv
+import gzip
 import io
 import json
 import math
@@ -57,14 +58,21 @@ def write_metrics(metrics, path):
     return metrics
 
 
-def write_log(history, path):
-    """A CSV with a row for each epoch; a value that an epoch does not have stays empty."""
-    columns = list(dict.fromkeys(name for row in history for name in row))
+def write_csv(columns, rows, path):
+    """A CSV of dicts, gzipped if `path` ends in .gz; a value that a row does not have stays empty."""
     text = io.StringIO(newline='')
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
-    writer.writerows(history)
-    write_file(path, lambda file: file.write(text.getvalue().encode()))
+    writer.writerows(rows)
+    content = text.getvalue().encode()
+    if path.suffix == '.gz':
+        content = gzip.compress(content, mtime=0)  # the same rows give the same bytes
+    write_file(path, lambda file: file.write(content))
+
+
+def write_log(history, path):
+    """A CSV with a row for each epoch."""
+    write_csv(list(dict.fromkeys(name for row in history for name in row)), history, path)
 
 
 def write_scores(scores, names, classes, path):
@@ -72,12 +80,9 @@ def write_scores(scores, names, classes, path):
 
     `scores`: as `evaluation.score` returns them.
     """
-    text = io.StringIO(newline='')
-    writer = csv.writer(text)
-    writer.writerow(['image', 'class', *scores])
-    for name, label, *values in zip(names, classes, *scores.values()):
-        writer.writerow([name, label, *('' if math.isnan(value) else f'{value:.6g}' for value in values)])
-    write_file(path, lambda file: file.write(text.getvalue().encode()))
+    columns = ['image', 'class', *scores]
+    texts = [['' if math.isnan(value) else f'{value:.6g}' for value in values] for values in scores.values()]
+    write_csv(columns, [dict(zip(columns, row)) for row in zip(names, classes, *texts)], path)
 
 
 def draw_curves(history, printed, path):

@@ -15,6 +15,7 @@ from dataloader_mtl import RandomCropFlip
 from models import MTLNet, UNet, load_model
 from study import ARMS, PARTS, RATES, RunKey
 from support.cli import InputError
+from support.report import write_csv
 
 
 @pytest.fixture(scope='module')
@@ -152,8 +153,8 @@ def write_results(out, shift):
             ]
             run = about | {'masks': 70, 'minutes': 3, 'val_dice': 0.8, 'constant_dice': 0.55}
             runs.append(run | {'test_dice': dice.mean(), 'test_accuracy': 0.5, 'test_box_iou': 0.6})
-    study_tables.write_table(out / 'runs.csv', study_tables.RUN_COLUMNS, runs)
-    study_tables.write_table(out / 'scores.csv.gz', study_tables.SCORE_COLUMNS, scores)
+    write_csv(study_tables.RUN_COLUMNS, runs, out / 'runs.csv')
+    write_csv(study_tables.SCORE_COLUMNS, scores, out / 'scores.csv.gz')
 
 
 def test_tables_of_made_up_scores(tmp_path, capsys):
