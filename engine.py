@@ -60,6 +60,7 @@ class Recipe(NamedTuple):
     cutmix: float  # see MTLDataset
     muon: bool  # whether Muon trains the convolutions, or AdamW
     encoder_lr: float  # as a share of --lr
+    bfloat16: bool = True  # where the device is fast in it
 
 
 # Many epochs of small images teach more than few of larger ones (progressive resizing: Howard, fast.ai on DAWNBench,
@@ -226,9 +227,9 @@ class Run:
 
     STATEFUL = ('model', 'weighting', 'optimizer', 'schedule', 'average')
 
-    def __init__(self, model, weighting, dataset, total_steps, lr, encoder_lr, muon, device):
+    def __init__(self, model, weighting, dataset, total_steps, lr, encoder_lr, muon, device, bfloat16=True):
         self.about = dataset.class_names, dataset.class_species, dataset.image_size  # for the model file
-        self.device, self.bfloat16 = device, has_fast_bfloat16(device)
+        self.device, self.bfloat16 = device, bfloat16 and has_fast_bfloat16(device)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.weighting = weighting.to(device)
         self.objective = Objective(self.model, self.weighting, self.bfloat16)
@@ -258,7 +259,8 @@ class Run:
         """One step of the optimiser, down the gradient of the loss `total`."""
         self.optimizer.zero_grad()
         total.backward()
-        self.optimizer.step()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            self.optimizer.step()
         self.schedule.step()
         self.average.update_parameters(self.model)
 
@@ -389,7 +391,8 @@ def train(network, weighting, args, plan=None):
             plan.start(model)
         draw = partial(plan.draw, splits['train'], recipe.mask_repeats, args.batch_size, args.seed)
         steps = len(draw(epoch=1))
-        run = Run(model, weighting, train_set, steps * args.epochs, args.lr, encoder_lr, recipe.muon, device)
+        rates = args.lr, encoder_lr
+        run = Run(model, weighting, train_set, steps * args.epochs, *rates, recipe.muon, device, recipe.bfloat16)
         # Tells files that were made elsewhere, which have no preparation, from others.
         labels_checksum = zlib.crc32(train_set.labels.tobytes() + train_set.bboxes.tobytes())
         config = {

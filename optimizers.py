@@ -3,8 +3,6 @@
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from support.device import has_fast_bfloat16
-
 WEIGHT_DECAY = 0.05
 MOMENTUM = 0.95  # of Muon
 # Of the polynomial a x + b x^3 + c x^5 on the singular values, and how often it is applied (Jordan et al. 2024, who
@@ -15,16 +13,21 @@ NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 3
 def orthogonalise(matrix):
     """(m, n) float32 -> the same with singular values of about 1, those far below the largest less.
 
-    In bfloat16 where the device is fast in it; on a CPU that is not, it would be sixty times slower than float32.
+    In the precision of the autocast around it.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrix.to(torch.bfloat16) if has_fast_bfloat16(matrix.device) else matrix
-    if len(matrix) > matrix.shape[1]:
-        x = x.T
+    x = matrix if len(matrix) <= matrix.shape[1] else matrix.T
     x = x / x.norm().clamp(min=1e-7)  # the Frobenius norm is at least the spectral one
-    for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    # Each iteration multiplies x by a polynomial p of gram = x x^T, and gram by p from both sides: only the small
+    # matrices are iterated.
+    gram, product = x @ x.T, None
+    for number in range(1, ITERATIONS + 1):
+        p = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal().add_(a)
+        product = p if product is None else p @ product
+        if number < ITERATIONS:
+            gram = p @ gram @ p
+    x = product @ x
     return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
 
 

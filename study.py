@@ -14,9 +14,10 @@ not trained again, on whichever machine; unfinished runs are in --runs. One --ou
 import argparse
 import math
 import multiprocessing
+import statistics
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,17 +36,21 @@ from support.cli import InputError, StopRequest, run_script, whole_number
 from support.files import lock_folder
 from utils import WeightedLoss
 
-MASKED, OTHERS = 8, 24  # images of a batch: with a mask, and those that arms with more images add
-EPOCHS, STEPS = 20, 90  # validations of a run, and steps from one to the next
+MASKED, OTHERS = 8, 16  # images of a batch: with a mask, and those that arms with more images add
+EPOCHS, STEPS = 10, 90  # validations of a run, and steps from one to the next
 RATES = (1e-3, 3e-3, 1e-2)  # learning rates to choose from
 IMAGENET = ('tf_efficientnet_lite0', 'imagenet')
-# 128 x 128 throughout, as the folds are prepared; otherwise the recipes of the training scripts, without CutMix.
-SCRATCH = engine.SCRATCH._replace(sizes=((1, 1),), cutmix=0)
-PRETRAINED = engine.PRETRAINED._replace(sizes=((1, 1),))
+# 128 x 128 throughout, as the folds are prepared, and float32, so that all machines train alike. Otherwise the recipes
+# of the training scripts; from scratch without CutMix and with milder crops, as the training is short.
+SCRATCH = engine.SCRATCH._replace(sizes=((1, 1),), crop=(0.4, 1.0), cutmix=0, bfloat16=False)
+PRETRAINED = engine.PRETRAINED._replace(sizes=((1, 1),), bfloat16=False)
 
 
 class Arm(NamedTuple):
-    """A way to train; `others`: whether images without a mask are added."""
+    """A way to train; `others`: whether images without a mask are added.
+
+    Its Dice is compared with those of `references`, the first of them the mask alone.
+    """
 
     text: str
     network: type[SharedEncoderNet]
@@ -56,33 +61,39 @@ class Arm(NamedTuple):
     longer: int = 1  # times the steps
     sequential: bool = False  # the first half of the steps on class and box
     rate_of: str = 'mtl'  # the arm whose chosen learning rate it takes
-    reference: str = 'unet'  # the arm it is compared with
+    references: tuple = ('unet',)
 
 
 ARMS = {
-    'unet': Arm('mask alone', UNet, others=False, rate_of='unet'),
-    'mtl': Arm('all tasks, equal weights', MTLNet),
-    'unet-long': Arm('mask alone, the time of all tasks', UNet, others=False, longer=3, rate_of='unet'),
+    'unet': Arm('mask alone', UNet, others=False, rate_of='unet', references=()),
+    'mtl': Arm('all tasks, equal weights', MTLNet, references=('unet', 'unet-long', 'unet-others', 'mtl-masked')),
+    'unet-long': Arm('mask alone, the time of all tasks', UNet, others=False, longer=2, rate_of='unet'),
     'mtl-masked': Arm('all tasks, masked images alone', MTLNet, others=False),
-    'without-bbox': Arm('mask and class', AblatedNet),
-    'without-class': Arm('mask and box', AblatedNet2),
-    **{name: Arm(f'all tasks, weights {name}', MTLNet, weights=name) for name in (*FIXED, 'uncertainty')},
+    'without-bbox': Arm('mask and class', AblatedNet, references=('unet', 'mtl')),
+    'without-class': Arm('mask and box', AblatedNet2, references=('unet', 'mtl')),
+    **{
+        name: Arm(f'all tasks, weights {name}', MTLNet, weights=name, references=('unet', 'mtl'))
+        for name in (*FIXED, 'uncertainty')
+    },
+    'unet-others': Arm('mask alone, other images without labels', UNet, rate_of='unet'),
     'sequential': Arm('class and box, then mask', UNet, sequential=True),
-    'unet-60': Arm('mask alone, 60 masks', UNet, others=False, masks=60, rate_of='unet'),
-    'mtl-60': Arm('all tasks, 60 masks', MTLNet, masks=60, reference='unet-60'),
-    'unet-240': Arm('mask alone, 240 masks', UNet, others=False, masks=240, rate_of='unet'),
-    'mtl-240': Arm('all tasks, 240 masks', MTLNet, masks=240, reference='unet-240'),
-    'unet-imagenet': Arm('mask alone, ImageNet', UNet, others=False, encoder=IMAGENET, rate_of='unet-imagenet'),
-    'mtl-imagenet': Arm(
-        'all tasks, ImageNet', MTLNet, encoder=IMAGENET, rate_of='mtl-imagenet', reference='unet-imagenet'
+    'unet-60': Arm('mask alone, 60 masks', UNet, others=False, masks=60, rate_of='unet', references=()),
+    'mtl-60': Arm('all tasks, 60 masks', MTLNet, masks=60, references=('unet-60',)),
+    'unet-240': Arm('mask alone, 240 masks', UNet, others=False, masks=240, rate_of='unet', references=()),
+    'mtl-240': Arm('all tasks, 240 masks', MTLNet, masks=240, references=('unet-240',)),
+    'unet-imagenet': Arm(
+        'mask alone, ImageNet', UNet, others=False, encoder=IMAGENET, rate_of='unet-imagenet', references=()
     ),
-    'class': Arm('class alone', ClassNet),
-    'box': Arm('box alone', BoxNet),
+    'mtl-imagenet': Arm(
+        'all tasks, ImageNet', MTLNet, encoder=IMAGENET, rate_of='mtl-imagenet', references=('unet-imagenet',)
+    ),
+    'class': Arm('class alone', ClassNet, rate_of='class', references=()),
+    'box': Arm('box alone', BoxNet, rate_of='box', references=()),
 }
 # In this order; (arms, folds).
 PARTS = (
     (('unet', 'mtl', 'unet-long', 'mtl-masked', 'without-bbox', 'without-class'), 5),
-    ((*FIXED, 'uncertainty', 'sequential'), 3),
+    ((*FIXED, 'uncertainty', 'unet-others', 'sequential'), 3),
     (('unet-60', 'mtl-60', 'unet-240', 'mtl-240'), 3),
     (('unet-imagenet', 'mtl-imagenet'), 3),
     (('class', 'box'), 3),
@@ -126,14 +137,15 @@ def draw_batches(steps, with_others, subset, repeats, batch_size, seed, epoch):
 
 
 def load_fold(masks, root, tasks, limit):
-    """`load_splits` with `masks` of the masks in training, the same whichever the tasks; None: all of them."""
+    """`load_splits` with all images in training, so that batches are the same whichever the tasks.
+
+    With `masks` of the masks, the same whichever the fold's other arms take; None: all of them.
+    """
     splits = load_splits(root, tasks, limit)
     train, known = splits['train'].dataset, splits['train'].dataset.labelled['mask']
     if masks is not None:
         known[np.random.default_rng(0).permutation(np.flatnonzero(known))[masks:]] = False
-    # Masked images are drawn for their other labels, too, also by networks without a mask.
-    labelled = set(train.with_labels(tasks))
-    splits['train'] = Subset(train, [index for index in range(len(train)) if index in labelled or known[index]])
+    splits['train'] = Subset(train, range(len(train)))
     return splits
 
 
@@ -143,14 +155,26 @@ def load_encoder(path, model):
 
 
 def train_run(key, data, folder, epochs=EPOCHS, steps=STEPS):
-    """Train a RunKey into `folder`, or continue; returns the content of metrics.json."""
+    """Train a RunKey into `folder`, or continue; returns the content of metrics.json.
+
+    Each fold has its seed, so that initial weights and augmentation are the same for all arms and vary over folds.
+    """
     arm = ARMS[key.arm]
     recipe = SCRATCH if arm.encoder[1] == 'none' else PRETRAINED
 
     def train(network, loss, out, epochs, with_others, start=None):
-        options = {'--data': Path(data) / f'fold{key.fold}', '--out': out, '--epochs': epochs, '--lr': key.rate}
-        options |= {'--workers': 0, '--resume': 'auto', '--batch-size': MASKED + OTHERS * with_others}
-        options |= dict(zip(('--encoder', '--encoder-weights'), arm.encoder))
+        options = {
+            '--data': Path(data) / f'fold{key.fold}',
+            '--epochs': epochs,
+            '--batch-size': MASKED + OTHERS * with_others,
+            '--lr': key.rate,
+            '--encoder': arm.encoder[0],
+            '--encoder-weights': arm.encoder[1],
+            '--seed': key.fold,
+            '--workers': 0,
+            '--out': out,
+            '--resume': 'auto',
+        }
         args = engine.training_parser('', out='').parse_args([str(part) for pair in options.items() for part in pair])
         plan = engine.Plan(
             recipe,
@@ -174,11 +198,11 @@ def train_run(key, data, folder, epochs=EPOCHS, steps=STEPS):
 
 
 def chosen_rate(arm, runs):
-    """The learning rate with the best validation metric on fold 0, None as long as a rate is missing."""
-    found = {key.rate: run for key, run in runs.items() if key.arm == ARMS[arm].rate_of and key.fold == 0}
-    if set(RATES) - set(found):
+    """The learning rate that is best in validation on fold 0, None as long as a rate is missing."""
+    searched = [RunKey(ARMS[arm].rate_of, 0, rate) for rate in RATES]
+    if any(key not in runs for key in searched):
         return None
-    return max(RATES, key=lambda rate: found[rate]['val_dice'])
+    return study_tables.best_run(runs, searched).rate
 
 
 def missing_runs(runs, arms, folds):
@@ -197,13 +221,6 @@ def folder_of(root, key):
     return root / f'{key.arm}-fold{key.fold}-{key.rate:g}'
 
 
-def start_run(key, data, folder, threads):
-    """Train a run in a process of its own; what it prints goes to log.txt in its folder."""
-    process = multiprocessing.get_context('spawn').Process(target=run_process, args=(key, data, folder, threads))
-    process.start()
-    return process
-
-
 def run_process(key, data, folder, threads):
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,45 +228,62 @@ def run_process(key, data, folder, threads):
         run_script(lambda: study_tables.write_result(train_run(key, data, folder), folder))
 
 
-def train_all(args, arms, threads):
+def start_run(key, data, folder, threads):
+    """Train a run in a process of its own; what it prints goes to log.txt in its folder."""
+    process = multiprocessing.get_context('spawn').Process(target=run_process, args=(key, data, folder, threads))
+    process.start()
+    return process
+
+
+class ActiveRuns(dict):
+    """{RunKey: (process, when it started)}."""
+
+    def pop_ended(self):
+        """[(RunKey, exit status, seconds)] of the runs that have ended, which are removed."""
+        ended = [key for key, (process, _) in self.items() if not process.is_alive()]
+        return [
+            (key, process.exitcode, time.monotonic() - began) for key in ended for process, began in [self.pop(key)]
+        ]
+
+    def stop(self):
+        """Ask all to write their checkpoint and end."""
+        for process, _ in self.values():
+            process.terminate()
+        for process, _ in self.values():
+            process.join()
+
+
+def train_all(args, threads):
     """Train all that is missing, `args.jobs` runs at a time."""
-    runs, failed, active, started = study_tables.read_runs(args.out), [], {}, time.monotonic()
-    spent, finished = 0.0, 0
-    with StopRequest() as stop:
-        try:
-            while True:
-                stop.check()
-                waiting = [key for key in missing_runs(runs, arms, args.folds) if key not in (*active, *failed)]
-                while waiting and len(active) < args.jobs:
-                    key = waiting.pop(0)
-                    active[key] = start_run(key, args.data, folder_of(args.runs, key), threads), time.monotonic()
-                if not active:
-                    break
-                time.sleep(1)
-                for key, (process, began) in list(active.items()):
-                    if process.is_alive():
-                        continue
-                    del active[key]
-                    folder = folder_of(args.runs, key)
-                    if process.exitcode:
-                        failed.append(key)
-                        print(f'{folder}: stopped with status {process.exitcode}; see log.txt there', file=sys.stderr)
-                        continue
-                    study_tables.add_result(args.out, key, folder)
-                    runs = study_tables.read_runs(args.out)
-                    spent, finished = spent + time.monotonic() - began, finished + 1
-                    left = len(missing_runs(runs, arms, args.folds))
-                    hours = left * spent / finished / args.jobs / 3600
-                    print(
-                        f'{key.arm}, fold {key.fold}, rate {key.rate:g}: Dice {runs[key]["test_dice"]:.4f}; '
-                        f'{(time.monotonic() - started) / 60:.0f} min; {left} runs left, about {hours:.1f} h',
-                        flush=True,
-                    )
-        finally:
-            for process, _ in active.values():
-                process.terminate()  # it writes its checkpoint
-            for process, _ in active.values():
-                process.join()
+    runs, active, failed, seconds = study_tables.read_runs(args.out), ActiveRuns(), [], []
+    with StopRequest() as stop, ExitStack() as at_end:
+        at_end.callback(active.stop)
+        while True:
+            stop.check()
+            missing = [key for key in missing_runs(runs, args.only, args.folds) if key not in failed]
+            for key in [key for key in missing if key not in active][: args.jobs - len(active)]:
+                active[key] = start_run(key, args.data, folder_of(args.runs, key), threads), time.monotonic()
+            if not active:
+                break
+            time.sleep(1)
+            for key, status, spent in active.pop_ended():
+                folder = folder_of(args.runs, key)
+                if status:
+                    failed.append(key)
+                    print(f'{folder}: stopped with status {status}; see log.txt there', file=sys.stderr)
+                    continue
+                study_tables.add_result(args.out, key, folder)
+                runs = study_tables.read_runs(args.out)
+                seconds.append(spent)
+                left = len(missing_runs(runs, args.only, args.folds))
+                hours = left * statistics.fmean(seconds) / args.jobs / 3600
+                dice = runs[key]['val_dice']
+                shown = '' if dice is None else f'validation Dice {dice:.4f}, '
+                print(
+                    f'{key.arm}, fold {key.fold}, rate {key.rate:g}: {shown}{spent / 60:.1f} min; '
+                    f'{left} runs left, about {hours:.1f} h',
+                    flush=True,
+                )
     if failed:
         raise InputError(f'{len(failed)} runs failed; the same command goes on with them')
 
@@ -269,7 +303,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.table:
         with lock_folder(args.out):
-            train_all(args, args.only, max(1, torch.get_num_threads() // args.jobs))
+            train_all(args, max(1, torch.get_num_threads() // args.jobs))
     study_tables.draw(args.out, ARMS)
 
 

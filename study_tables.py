@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from comparison import compare, holm, relative_gain
+from support.cli import InputError
 from support.files import write_file
 from support.report import write_csv
 
@@ -31,6 +32,8 @@ RUN_COLUMNS = (
     'masks',
     'best_epoch',
     'minutes',
+    'torch',
+    'cpu',
     *(f'val_{name}' for name in METRICS),
     *(f'test_{name}' for name in METRICS),
 )
@@ -46,6 +49,7 @@ def write_result(metrics, folder):
     test = metrics['test']
     result = {'masks': metrics['data']['train']['mask'], 'best_epoch': metrics['best_epoch']}
     result['minutes'] = round(metrics['training_seconds'] / 60, 2)
+    result |= {'torch': metrics['versions']['torch'], 'cpu': metrics['machine']['cpu']}
     result |= {f'val_{name}': metrics['validation'].get(name) for name in METRICS}
     result |= {f'test_{name}': test[name]['mean'] if name in test else None for name in METRICS}
     result['constant_dice'] = test['dice']['constant'] if 'dice' in test else None
@@ -65,9 +69,10 @@ def key_of(row):
 
 
 def read_runs(out):
-    """{RunKey: {column of runs.csv: float, None where empty}}."""
+    """{RunKey: {column of runs.csv: float, None where empty}}, without the texts."""
+    numbers = [name for name in RUN_COLUMNS if name not in (*KEY, 'torch', 'cpu')]
     return {
-        key_of(row): {name: float(value) if value else None for name, value in row.items() if name not in KEY}
+        key_of(row): {name: float(row[name]) if row[name] else None for name in numbers}
         for row in read_table(out / 'runs.csv')
     }
 
@@ -85,17 +90,25 @@ def add_result(out, key, folder):
 # ---- the tables
 
 
+def best_run(runs, keys):
+    """The key of the best run in validation, by the first of METRICS that its network has: what chooses epochs, too."""
+
+    def value(key):
+        return next((value for name in METRICS if (value := runs[key][f'val_{name}']) is not None), 0)
+
+    return max(keys, key=value)
+
+
 def chosen_runs(runs, arms):
-    """{arm: {fold: its run's key}}, at the chosen learning rate: of fold 0, the best in validation of those there."""
+    """{arm: {fold: its run's key}}, at the learning rate that is best in validation on fold 0 of those there."""
     chosen = {}
     for arm in arms:
-        keys = [key for key in runs if key[0] == arm]
+        keys = [key for key in runs if key.arm == arm]
         if arm == arms[arm].rate_of:  # fold 0 has a run for each rate
-            first = [key for key in keys if key[1] == 0]
-            rate = max(first, key=lambda key: runs[key]['val_dice'] or 0)[2] if first else None
-            keys = [key for key in keys if key[2] == rate]
+            first = [key for key in keys if key.fold == 0]
+            keys = [key for key in keys if first and key.rate == best_run(runs, first).rate]
         if keys:
-            chosen[arm] = {fold: key for _, fold, _ in keys for key in keys if key[1] == fold}
+            chosen[arm] = {key.fold: key for key in sorted(keys)}
     return chosen
 
 
@@ -109,31 +122,44 @@ def read_dice(out):
 
 
 def differences(dice, ours, theirs):
-    """{fold: array of the differences of Dice, image by image}; `ours` and `theirs`: {fold: run's key}."""
+    """{fold: array of the differences of Dice, image by image}; `ours` and `theirs`: {fold: run's key}.
+
+    Raises InputError for runs of the same fold that were tested on different images.
+    """
     found = {}
     for fold in sorted(ours.keys() & theirs.keys()):
-        one, other = dice.get(ours[fold], {}), dice.get(theirs[fold], {})
-        if one and one.keys() == other.keys():
-            found[fold] = np.array([one[image] - other[image] for image in sorted(one)])
+        one, other = dice[ours[fold]], dice[theirs[fold]]
+        if one.keys() != other.keys():
+            raise InputError(
+                f'scores.csv.gz: {ours[fold]} and {theirs[fold]} were tested on different images; '
+                'train both on the same --data, with another --out'
+            )
+        found[fold] = np.array([one[image] - other[image] for image in sorted(one)])
     return found
 
 
-def mean_over_folds(runs, keys, name):
-    """(mean, standard deviation over the folds) of a test metric, None for a task that the arm does not have."""
-    values = [runs[key][f'test_{name}'] for key in keys.values()]
-    if None in values:
-        return None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def compare_arms(out, arms):
+    """{(arm, reference): Difference} of the arms that have a fold in common."""
+    chosen, dice = chosen_runs(read_runs(out), arms), read_dice(out)
+    found = {}
+    for arm in chosen:
+        for reference in arms[arm].references:
+            if parts := differences(dice, chosen[arm], chosen.get(reference, {})):
+                found[arm, reference] = compare(parts)
+    return found
 
 
-def gain(runs, chosen, arm):
-    """The mean over folds of `relative_gain` over the single-task networks; None without the tasks or the folds."""
+def gain(runs, chosen, arm, arms):
+    """The mean over folds of `relative_gain` over the single-task networks.
+
+    None without the tasks or the folds, and for arms with another encoder, fewer masks or fewer images than those.
+    """
     single = {'dice': 'unet', 'accuracy': 'class', 'box_iou': 'box'}
-    if any(name not in chosen for name in single.values()):
+    same = not arms[arm].masks and arms[arm].others and arms[arm].encoder == arms['unet'].encoder
+    if not same or any(name not in chosen for name in single.values()):
         return None
-    folds = set(chosen[arm]).intersection(*(chosen[name] for name in single.values()))
     gains = []
-    for fold in sorted(folds):
+    for fold in sorted(set(chosen[arm]).intersection(*(chosen[name] for name in single.values()))):
         metrics = {name: runs[chosen[arm][fold]][f'test_{name}'] for name in single}
         if None in metrics.values():
             return None
@@ -143,105 +169,119 @@ def gain(runs, chosen, arm):
     return statistics.fmean(gains) if gains else None
 
 
-def with_spread(value):
-    return '' if value is None else f'{value[0]:.3f} ± {value[1]:.3f}'
+def mean_and_spread(values):
+    """The mean of some floats and their standard deviation, as text; '' if one is None."""
+    if None in values:
+        return ''
+    spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
+    return f'{statistics.fmean(values):.3f}{spread}'
 
 
-def make_table(out, arms):
-    """The rows of table.md, and {arm: Difference} to its reference."""
-    runs, dice = read_runs(out), read_dice(out)
-    chosen = chosen_runs(runs, arms)
-    found = {}
-    for arm in chosen:
-        reference = arms[arm].reference
-        if reference != arm and reference in chosen:
-            parts = differences(dice, chosen[arm], chosen[reference])
-            if parts:
-                found[arm] = compare(parts)
-    corrected = holm({arm: each.p_value for arm, each in found.items()})
-    rows = []
+def arm_rows(runs, arms):
+    """A row of the table for each arm that has a run, and one for the constant prediction."""
+    chosen, rows = chosen_runs(runs, arms), []
     for arm, keys in chosen.items():
-        cells = [arms[arm].text, str(len(keys)), *(with_spread(mean_over_folds(runs, keys, name)) for name in METRICS)]
-        if arm in found:
-            low, high = found[arm].interval
-            cells += [f'{found[arm].mean:+.4f} ({low:+.4f} to {high:+.4f})', f'{corrected[arm]:.3f}']
-            cells.append(arms[arms[arm].reference].text)
-        else:
-            cells += [''] * 3
-        relative = gain(runs, chosen, arm)
-        cells.append('' if relative is None else f'{relative:+.1%}')
-        cells.append(f'{statistics.fmean(runs[key]["minutes"] for key in keys.values()):.1f}')
-        rows.append(cells)
+        found = [runs[key] for key in keys.values()]
+        relative = gain(runs, chosen, arm, arms)
+        rows.append(
+            [
+                f'`{arm}`: {arms[arm].text}',
+                str(len(keys)),
+                *(mean_and_spread([run[f'test_{name}'] for run in found]) for name in METRICS),
+                '' if relative is None else f'{relative:+.1%}',
+                f'{next(iter(keys.values())).rate:g}',
+                f'{statistics.fmean(run["minutes"] for run in found):.1f}',
+            ]
+        )
     constant = [runs[key]['constant_dice'] for key in chosen.get('unet', {}).values()]
     if constant:
-        mean = statistics.fmean(constant), statistics.stdev(constant) if len(constant) > 1 else 0.0
-        rows.append(['pet everywhere', str(len(constant)), with_spread(mean), *[''] * 8])
-    return rows, found
+        rows.append(['pet everywhere', str(len(constant)), mean_and_spread(constant), *[''] * 6])
+    return rows
 
 
-TITLES = (
+def difference_rows(found):
+    """A row of the table for each of `compare_arms`."""
+    corrected = holm({pair: each.p_value for pair, each in found.items()})
+    rows = []
+    for pair, each in found.items():
+        low, high = (f'{bound:+.4f}' for bound in each.interval)
+        of_folds = ' to '.join(f'{bound:+.4f}' for bound in each.fold_interval) if each.fold_interval else ''
+        better = f'{sum(mean > 0 for mean in each.fold_means)} of {len(each.fold_means)}'
+        names = ' - '.join(f'`{arm}`' for arm in pair)
+        rows.append([names, f'{each.mean:+.4f}', f'{low} to {high}', of_folds, better, f'{corrected[pair]:.3f}'])
+    return rows
+
+
+def markdown(titles, rows):
+    return ''.join('| ' + ' | '.join(cells) + ' |\n' for cells in (titles, ['---'] * len(titles), *rows))
+
+
+ARM_TITLES = (
     'arm',
     'folds',
     'Dice',
     'mask IoU',
     'accuracy',
     'box IoU',
-    'Dice to reference (95 %)',
-    'p (Holm)',
-    'reference',
     'gain over single tasks',
+    'learning rate',
     'minutes',
+)
+DIFFERENCE_TITLES = (
+    'difference of test Dice',
+    'mean',
+    '95 %, folds and images',
+    '95 %, t of the folds',
+    'folds above 0',
+    'p (Holm)',
 )
 
 
 def draw(out, arms):
     """Write table.md, effects.png and masks.png to the folder of the results; `arms`: those of study.py."""
-    rows, found = make_table(out, arms)
-    lines = ['| ' + ' | '.join(TITLES) + ' |', '| ' + ' | '.join(['---'] * len(TITLES)) + ' |']
-    lines += ['| ' + ' | '.join(cells) + ' |' for cells in rows]
-    write_file(out / 'table.md', lambda file: file.write(('\n'.join(lines) + '\n').encode()))
-    print('\n'.join(lines))
-    draw_effects(found, arms, out / 'effects.png')
-    draw_masks(out, arms, out / 'masks.png')
+    runs, found = read_runs(out), compare_arms(out, arms)
+    text = markdown(ARM_TITLES, arm_rows(runs, arms)) + '\n' + markdown(DIFFERENCE_TITLES, difference_rows(found))
+    write_file(out / 'table.md', lambda file: file.write(text.encode()))
+    print(text, end='')
+    draw_effects(found, out / 'effects.png')
+    draw_masks(runs, arms, out / 'masks.png')
 
 
-def draw_effects(found, arms, path):
-    """The differences of Dice with their intervals, a line for each arm."""
+def draw_effects(found, path):
+    """The differences of Dice with their intervals, a line for each of `compare_arms`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.2 + 0.3 * len(found)), layout='constrained')
     axes = figure.subplots()
     for row, each in enumerate(reversed(found.values())):
-        axes.plot(each.interval, [row, row], color='C0')
+        axes.plot(each.fold_interval or [], [row] * len(each.fold_interval or []), color='lightgrey', linewidth=1)
+        axes.plot(each.interval, [row, row], color='C0', linewidth=2)
         axes.plot(each.mean, row, 'o', color='C0')
-        axes.plot(each.fold_means, [row] * len(each.fold_means), '|', color='grey')
-    names = [f'{arms[arm].text} - {arms[arms[arm].reference].text}' for arm in reversed(found)]
-    axes.set_yticks(range(len(found)), names)
+        axes.plot(each.fold_means, [row] * len(each.fold_means), '|', color='black')
+    axes.set_yticks(range(len(found)), [' - '.join(pair) for pair in reversed(found)])
     axes.axvline(0, color='grey', linestyle='--')
-    axes.set(xlabel='difference of test Dice, mean and 95 % interval; grey: folds')
+    axes.set(xlabel='difference of test Dice: mean; 95 % of folds and images (blue), of folds (grey); dashes: folds')
     write_file(path, lambda file: figure.savefig(file, format='png', dpi=120))
 
 
-def draw_masks(out, arms, path):
-    """Test Dice against the number of masks in training, of the mask alone and of all tasks."""
+def draw_masks(runs, arms, path):
+    """Test Dice against the number of masks in training, of the mask alone and of all tasks, on the same folds."""
     from matplotlib.figure import Figure
 
-    runs = read_runs(out)
     chosen = chosen_runs(runs, arms)
+    lines = {name: [arm for arm in (f'{name}-60', f'{name}-240', name) if arm in chosen] for name in ('unet', 'mtl')}
+    shown = [chosen[arm] for line in lines.values() for arm in line]
+    folds = sorted(set.intersection(*map(set, shown))) if shown else []
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.subplots()
-    for colour, name in enumerate(('unet', 'mtl')):
-        points = {}
-        for arm, keys in chosen.items():
-            if arm == name or arm in (f'{name}-60', f'{name}-240'):
-                count = round(statistics.fmean(runs[key]['masks'] for key in keys.values()))
-                points[count] = [runs[key]['test_dice'] for key in keys.values()]
-        counts = sorted(points)
-        axes.plot(counts, [statistics.fmean(points[count]) for count in counts], '.-', color=f'C{colour}', label=name)
-        for count in counts:
-            axes.plot([count] * len(points[count]), points[count], '_', color=f'C{colour}')
+    for colour, (name, line) in enumerate(lines.items()):
+        points = [[runs[chosen[arm][fold]] for fold in folds] for arm in line if folds]
+        counts = [statistics.fmean(run['masks'] for run in found) for found in points]
+        values = [[run['test_dice'] for run in found] for found in points]
+        axes.plot(counts, [statistics.fmean(each) for each in values], '.-', color=f'C{colour}', label=arms[name].text)
+        for count, each in zip(counts, values):
+            axes.plot([count] * len(each), each, '_', color=f'C{colour}')
     axes.set(xlabel='masks in training', ylabel='test Dice, mean over folds; dashes: folds', xscale='log')
     axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
+    axes.legend()
     write_file(path, lambda file: figure.savefig(file, format='png', dpi=120))

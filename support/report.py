@@ -52,7 +52,10 @@ def write_metrics(metrics, path):
             'python': platform.python_version(),
             **{module.__name__: module.__version__ for module in (torch, torchvision, h5py, np)},
         },
-        'machine': {'cpu': platform.machine(), 'threads': torch.get_num_threads()},
+        'machine': {
+            'cpu': f'{platform.machine()} {torch.backends.cpu.get_cpu_capability()}',
+            'threads': torch.get_num_threads(),
+        },
     }
     write_file(path, lambda file: file.write(f'{json.dumps(metrics, indent=2)}\n'.encode()))
     return metrics

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from comparison import bootstrap_means, compare, holm, relative_gain
+from comparison import bootstrap_means, compare, holm, relative_gain, t_interval
 
 
 def test_interval_of_no_difference_covers_zero_in_about_95_of_100_draws():
@@ -21,6 +21,14 @@ def test_runs_that_differ_make_the_interval_wider_than_the_images_do():
     low, high = compare({fold: generator.normal(shift[fold], 0.01, 1000) for fold in range(5)}).interval
     expected = shift.std() / 5**0.5 * 1.96
     assert (high - low) / 2 == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize('folds', [3, 5])
+def test_t_interval_of_folds_that_differ_covers_zero_in_about_95_of_100_draws(folds):
+    generator = np.random.default_rng(0)
+    found = [t_interval(generator.normal(0, 0.02, folds).tolist()) for _ in range(1000)]
+    assert np.mean([low <= 0 <= high for low, high in found]) == pytest.approx(0.95, abs=0.02)
+    assert t_interval([0.1]) is None
 
 
 def test_clear_difference_has_an_interval_without_zero_and_a_small_p_value():

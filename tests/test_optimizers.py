@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-import optimizers
 from models import MTLNet, UNet
-from optimizers import MuonAdamW, make_average, make_optimizer, make_schedule, orthogonalise
+from optimizers import MuonAdamW, is_hidden_convolution, make_average, make_optimizer, make_schedule, orthogonalise
 from utils import UncertaintyLoss, WeightedLoss
 
 
@@ -26,12 +25,12 @@ def take_steps(optimizer, weight, gradients):
 
 @pytest.mark.parametrize('fast', [True, False], ids=['bfloat16', 'float32'])
 @pytest.mark.parametrize('shape', [(64, 32, 3, 3), (96, 64, 1, 1)], ids=['wide', 'tall'])
-def test_muon_steps_as_that_of_torch_does_on_matrices(shape, fast, monkeypatch):
-    monkeypatch.setattr(optimizers, 'has_fast_bfloat16', lambda device: fast)
+def test_muon_steps_as_that_of_torch_does_on_matrices(shape, fast):
     weight, gradients = make_weights(*shape)
     start = weight.detach().clone()
     group = {'params': [weight], 'muon': True, 'weight_decay': 0.5}
-    ours = take_steps(MuonAdamW([group], lr=0.01), weight, gradients)
+    with torch.autocast('cpu', torch.bfloat16, enabled=fast):
+        ours = take_steps(MuonAdamW([group], lr=0.01), weight, gradients)
     matrix = nn.Parameter(start.flatten(1).clone())
     options = {'weight_decay': 0.5, 'momentum': 0.95, 'ns_steps': 3, 'adjust_lr_fn': 'match_rms_adamw'}
     reference = torch.optim.Muon([matrix], lr=0.01, **options)
@@ -80,7 +79,7 @@ def test_muon_takes_the_hidden_convolutions(full_networks, muon):
     hidden = {id(p) for name, p in model.named_parameters() if p.ndim > 1 and name not in last}
     assert chosen == (hidden if muon else set())
     depthwise, pointwise = nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 64, 1)
-    assert not optimizers.is_hidden_convolution(depthwise.weight) and optimizers.is_hidden_convolution(pointwise.weight)
+    assert not is_hidden_convolution(depthwise.weight) and is_hidden_convolution(pointwise.weight)
 
 
 @pytest.mark.parametrize('steps', range(1, 8))
