@@ -83,7 +83,7 @@ class Plan(NamedTuple):
     recipe: Recipe
     load: Callable = load_splits  # (root, tasks, limit) -> {split: Subset}
     draw: Callable = draw_epoch  # (Subset, mask_repeats, batch_size, seed, epoch) -> EpochBatches, always as many
-    start: Callable | None = None  # changes the weights of the new network, its argument
+    start: Callable | None = None  # called with the new network, to set its weights
     about: dict = {}  # more for the configuration, which --resume compares
 
 
@@ -112,6 +112,10 @@ def training_parser(description, out):
     limit_help = 'for a trial: use at most N times --batch-size images of each split'
     add('--limit-batches', type=whole_number(1), metavar='N', help=limit_help)
     return parser
+
+
+class Diverged(InputError):
+    """A loss or weights that are not finite."""
 
 
 # ---- one step
@@ -156,7 +160,7 @@ class Objective(nn.Module):
 def train_one_epoch(run, loader, description, before_step=lambda: None):
     """Train on what is left of an epoch, a step for each batch of `loader`, a loader of EpochBatches.
 
-    `run.steps` counts the steps done. Returns {'loss_<task>': mean} of the whole epoch. Raises InputError for
+    `run.steps` counts the steps done. Returns {'loss_<task>': mean} of the whole epoch. Raises Diverged for
     a loss that is not finite.
     """
     run.model.train()
@@ -181,9 +185,9 @@ def train_one_epoch(run, loader, description, before_step=lambda: None):
 
 
 def not_finite(description, step, batches, total, losses):
-    """The InputError for a loss that is not finite."""
+    """The Diverged for a loss that is not finite."""
     shown = ', '.join(f'{task} {loss.item():.3g}' for task, (loss, _) in losses.items())
-    return InputError(
+    return Diverged(
         f'{description}, step {step + 1} of {len(batches)}: the loss is {total.item()} ({shown}) for the samples '
         f'{" ".join(map(str, sorted(batches.indices(step))))} of {batches.subset.dataset.folder}; earlier checkpoints '
         'are kept; try a lower --lr, with --resume or another --out, or look at these samples'
@@ -334,11 +338,11 @@ class Checkpoints:
             self.save()
 
     def save(self):
-        """Write last.pt and, after an epoch, what is made from it. Raises InputError for weights not finite."""
+        """Write last.pt and, after an epoch, what is made from it. Raises Diverged for weights not finite."""
         run = self.run
         epoch, steps = run.position()
         if not is_finite(run.model.state_dict()) or not is_finite(run.average.state_dict()):
-            raise InputError(
+            raise Diverged(
                 f'epoch {epoch}, step {steps}: the loss was finite and the weights are not any more; earlier '
                 'checkpoints are kept; try a lower --lr, with --resume or another --out'
             )

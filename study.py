@@ -8,7 +8,7 @@
 Each arm, a way to train, is trained on each fold with the same steps and the same masked images in the same
 augmentation; arms that use more images add them to the batches. Finished runs are kept in --out as scores.csv.gz, the
 test metrics of each image, and runs.csv; table.md, effects.png and masks.png are drawn from them. What --out has is
-not trained again, on whichever machine; unfinished runs are in --runs. One --out for one data and commit.
+not trained again, on whichever machine; logs and unfinished runs are in --runs. One --out for one data and commit.
 """
 
 import argparse
@@ -17,8 +17,9 @@ import multiprocessing
 import statistics
 import sys
 import time
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,7 +128,7 @@ def repeat_shuffled(positions, count, size, *key):
 
 
 def draw_batches(steps, with_others, subset, repeats, batch_size, seed, epoch):
-    """The PairedBatches of an epoch of `steps`; the other arguments as of `draw_epoch`."""
+    """The PairedBatches of an epoch of `steps`; the others are the arguments of `draw_epoch`, not all used."""
     has_mask = subset.dataset.labelled['mask'][subset.indices]
     masked = repeat_shuffled(np.flatnonzero(has_mask), steps, MASKED, seed, epoch, 0)
     others = [[]] * steps
@@ -139,7 +140,7 @@ def draw_batches(steps, with_others, subset, repeats, batch_size, seed, epoch):
 def load_fold(masks, root, tasks, limit):
     """`load_splits` with all images in training, so that batches are the same whichever the tasks.
 
-    With `masks` of the masks, the same whichever the fold's other arms take; None: all of them.
+    With `masks`, that many of the masks, the same ones in all arms; None: all of them.
     """
     splits = load_splits(root, tasks, limit)
     train, known = splits['train'].dataset, splits['train'].dataset.labelled['mask']
@@ -171,6 +172,7 @@ def train_run(key, data, folder, epochs=EPOCHS, steps=STEPS):
             '--encoder': arm.encoder[0],
             '--encoder-weights': arm.encoder[1],
             '--seed': key.fold,
+            '--device': 'cpu',
             '--workers': 0,
             '--out': out,
             '--resume': 'auto',
@@ -197,23 +199,23 @@ def train_run(key, data, folder, epochs=EPOCHS, steps=STEPS):
 # ---- all runs
 
 
-def chosen_rate(arm, runs):
-    """The learning rate that is best in validation on fold 0, None as long as a rate is missing."""
-    searched = [RunKey(ARMS[arm].rate_of, 0, rate) for rate in RATES]
-    if any(key not in runs for key in searched):
-        return None
-    return study_tables.best_run(runs, searched).rate
-
-
 def missing_runs(runs, arms, folds):
-    """The RunKeys that can be trained next and are not among `runs`, in order."""
+    """The RunKeys of `arms` that are not among `runs`, in order; those whose rate is not chosen yet have None."""
     keys = []
     for names, count in PARTS:
         wanted = [name for name in names if name in arms]
-        for name in dict.fromkeys(ARMS[name].rate_of for name in wanted):
-            keys += [RunKey(name, 0, rate) for rate in RATES]
-        rates = {name: chosen_rate(name, runs) for name in wanted}
-        keys += [RunKey(name, fold, rates[name]) for fold in folds if fold < count for name in wanted if rates[name]]
+        kinds = dict.fromkeys(ARMS[name].rate_of for name in wanted)
+        searched = {kind: [RunKey(kind, 0, rate) for rate in RATES] for kind in kinds}
+        keys += chain(*searched.values())
+        rates = {
+            kind: study_tables.chosen_rate(runs, kind, ARMS)
+            for kind, own in searched.items()
+            if runs.keys() >= set(own)
+        }
+        for fold in folds:
+            for name in wanted:
+                if fold < count and (fold or name not in searched):
+                    keys.append(RunKey(name, fold, rates.get(ARMS[name].rate_of)))
     return [key for key in dict.fromkeys(keys) if key not in runs]
 
 
@@ -222,14 +224,23 @@ def folder_of(root, key):
 
 
 def run_process(key, data, folder, threads):
+    """Train a run in a process of its own; what it prints goes to log.txt in its folder."""
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'log.txt', 'a', buffering=1) as log, redirect_stdout(log):
-        run_script(lambda: study_tables.write_result(train_run(key, data, folder), folder))
+    with open(folder / 'log.txt', 'a', buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+        run_script(partial(train_and_write, key, data, folder))
+
+
+def train_and_write(key, data, folder):
+    """Train a run and write its result.json; a run that diverges has no metrics."""
+    try:
+        study_tables.write_result(train_run(key, data, folder), folder)
+    except engine.Diverged as error:
+        print(error)
+        study_tables.write_result(None, folder)
 
 
 def start_run(key, data, folder, threads):
-    """Train a run in a process of its own; what it prints goes to log.txt in its folder."""
     process = multiprocessing.get_context('spawn').Process(target=run_process, args=(key, data, folder, threads))
     process.start()
     return process
@@ -240,10 +251,11 @@ class ActiveRuns(dict):
 
     def pop_ended(self):
         """[(RunKey, exit status, seconds)] of the runs that have ended, which are removed."""
-        ended = [key for key, (process, _) in self.items() if not process.is_alive()]
-        return [
-            (key, process.exitcode, time.monotonic() - began) for key in ended for process, began in [self.pop(key)]
-        ]
+        ended = []
+        for key in [key for key, (process, _) in self.items() if not process.is_alive()]:
+            process, began = self.pop(key)
+            ended.append((key, process.exitcode, time.monotonic() - began))
+        return ended
 
     def stop(self):
         """Ask all to write their checkpoint and end."""
@@ -254,17 +266,18 @@ class ActiveRuns(dict):
 
 
 def train_all(args, threads):
-    """Train all that is missing, `args.jobs` runs at a time."""
+    """Train all that is missing, `args.jobs` runs at a time; returns the RunKeys of those that failed."""
     runs, active, failed, seconds = study_tables.read_runs(args.out), ActiveRuns(), [], []
     with StopRequest() as stop, ExitStack() as at_end:
         at_end.callback(active.stop)
         while True:
             stop.check()
-            missing = [key for key in missing_runs(runs, args.only, args.folds) if key not in failed]
-            for key in [key for key in missing if key not in active][: args.jobs - len(active)]:
+            missing = missing_runs(runs, args.only, args.folds)
+            ready = [key for key in missing if key.rate and key not in active and key not in failed]
+            for key in ready[: args.jobs - len(active)]:
                 active[key] = start_run(key, args.data, folder_of(args.runs, key), threads), time.monotonic()
             if not active:
-                break
+                return failed
             time.sleep(1)
             for key, status, spent in active.pop_ended():
                 folder = folder_of(args.runs, key)
@@ -273,6 +286,8 @@ def train_all(args, threads):
                     print(f'{folder}: stopped with status {status}; see log.txt there', file=sys.stderr)
                     continue
                 study_tables.add_result(args.out, key, folder)
+                for path in folder.rglob('last.pt'):  # so that another --out does not take the run over
+                    path.unlink()
                 runs = study_tables.read_runs(args.out)
                 seconds.append(spent)
                 left = len(missing_runs(runs, args.only, args.folds))
@@ -284,8 +299,6 @@ def train_all(args, threads):
                     f'{left} runs left, about {hours:.1f} h',
                     flush=True,
                 )
-    if failed:
-        raise InputError(f'{len(failed)} runs failed; the same command goes on with them')
 
 
 def main(argv=None):
@@ -297,14 +310,21 @@ def main(argv=None):
         '--runs', type=Path, default=Path('runs/study'), metavar='DIR', help='of unfinished runs (default: %(default)s)'
     )
     add('--only', nargs='+', choices=ARMS, default=list(ARMS), metavar='ARM', help=f'some of {", ".join(ARMS)}')
-    add('--folds', nargs='+', type=whole_number(0), default=range(5), metavar='K', help='some of the folds')
+    folds_help = 'some of the folds; learning rates are chosen on fold 0'
+    add('--folds', nargs='+', type=int, choices=range(5), default=range(5), metavar='K', help=folds_help)
     add('--jobs', type=whole_number(1), default=1, help='runs side by side (default: %(default)s)')
     add('--table', action='store_true', help='train nothing, draw the tables')
     args = parser.parse_args(argv)
+    failed = []
     if not args.table:
+        for fold in sorted({0, *args.folds}):
+            if not Path(args.data, f'fold{fold}').is_dir():
+                raise InputError(f'{args.data}/fold{fold}: no such folder; make it with data_prepare.py --folds 5')
         with lock_folder(args.out):
-            train_all(args, max(1, torch.get_num_threads() // args.jobs))
+            failed = train_all(args, max(1, torch.get_num_threads() // args.jobs))
     study_tables.draw(args.out, ARMS)
+    if failed:
+        raise InputError(f'{len(failed)} runs failed; the same command goes on with them')
 
 
 if __name__ == '__main__':

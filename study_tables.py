@@ -13,7 +13,7 @@ import numpy as np
 
 from comparison import compare, holm, relative_gain
 from support.cli import InputError
-from support.files import write_file
+from support.files import require_file, write_file
 from support.report import write_csv
 
 
@@ -45,14 +45,20 @@ SCORE_COLUMNS = (*KEY, 'image', 'class', *METRICS)
 
 
 def write_result(metrics, folder):
-    """Write result.json, what `add_result` takes from a run's metrics.json."""
-    test = metrics['test']
-    result = {'masks': metrics['data']['train']['mask'], 'best_epoch': metrics['best_epoch']}
-    result['minutes'] = round(metrics['training_seconds'] / 60, 2)
-    result |= {'torch': metrics['versions']['torch'], 'cpu': metrics['machine']['cpu']}
-    result |= {f'val_{name}': metrics['validation'].get(name) for name in METRICS}
-    result |= {f'test_{name}': test[name]['mean'] if name in test else None for name in METRICS}
-    result['constant_dice'] = test['dice']['constant'] if 'dice' in test else None
+    """Write result.json, what `add_result` takes from a run's metrics.json; `metrics` None: of a run that diverged."""
+    result = {'minutes': 0.0}
+    if metrics:
+        test = metrics['test']
+        result = {
+            'masks': metrics['data']['train']['mask'],
+            'best_epoch': metrics['best_epoch'],
+            'minutes': round(metrics['training_seconds'] / 60, 2),
+            'torch': metrics['versions']['torch'],
+            'cpu': metrics['machine']['cpu'],
+            **{f'val_{name}': metrics['validation'].get(name) for name in METRICS},
+            **{f'test_{name}': test[name]['mean'] if name in test else None for name in METRICS},
+            'constant_dice': test['dice']['constant'] if 'dice' in test else None,
+        }
     write_file(folder / 'result.json', lambda file: file.write(json.dumps(result).encode()))
 
 
@@ -90,25 +96,27 @@ def add_result(out, key, folder):
 # ---- the tables
 
 
-def best_run(runs, keys):
-    """The key of the best run in validation, by the first of METRICS that its network has: what chooses epochs, too."""
+def chosen_rate(runs, arm, arms):
+    """The learning rate of an arm: of the runs there are, the best in validation on fold 0; None if there is none.
+
+    By the first of METRICS that the network has, which chooses its epochs, too. A run that diverged counts as 0.
+    """
 
     def value(key):
         return next((value for name in METRICS if (value := runs[key][f'val_{name}']) is not None), 0)
 
-    return max(keys, key=value)
+    searched = [key for key in runs if key.arm == arms[arm].rate_of and key.fold == 0]
+    return max(searched, key=value).rate if searched else None
 
 
 def chosen_runs(runs, arms):
-    """{arm: {fold: its run's key}}, at the learning rate that is best in validation on fold 0 of those there."""
+    """{arm: {fold: its run's key}}, at the arm's `chosen_rate`."""
     chosen = {}
     for arm in arms:
-        keys = [key for key in runs if key.arm == arm]
-        if arm == arms[arm].rate_of:  # fold 0 has a run for each rate
-            first = [key for key in keys if key.fold == 0]
-            keys = [key for key in keys if first and key.rate == best_run(runs, first).rate]
+        rate = chosen_rate(runs, arm, arms)
+        keys = {key.fold: key for key in sorted(runs) if key.arm == arm and key.rate == rate}
         if keys:
-            chosen[arm] = {key.fold: key for key in sorted(keys)}
+            chosen[arm] = keys
     return chosen
 
 
@@ -124,10 +132,12 @@ def read_dice(out):
 def differences(dice, ours, theirs):
     """{fold: array of the differences of Dice, image by image}; `ours` and `theirs`: {fold: run's key}.
 
-    Raises InputError for runs of the same fold that were tested on different images.
+    Without the folds of which one has no Dice. Raises InputError for runs that were tested on different images.
     """
     found = {}
     for fold in sorted(ours.keys() & theirs.keys()):
+        if ours[fold] not in dice or theirs[fold] not in dice:
+            continue
         one, other = dice[ours[fold]], dice[theirs[fold]]
         if one.keys() != other.keys():
             raise InputError(
@@ -140,8 +150,10 @@ def differences(dice, ours, theirs):
 
 def compare_arms(out, arms):
     """{(arm, reference): Difference} of the arms that have a fold in common."""
-    chosen, dice = chosen_runs(read_runs(out), arms), read_dice(out)
-    found = {}
+    runs, dice = read_runs(out), read_dice(out)
+    if lost := [key for key, run in runs.items() if run['test_dice'] is not None and key not in dice]:
+        raise InputError(f'{out}/scores.csv.gz: lacks {lost[0]}; restore it, or remove such runs from runs.csv')
+    chosen, found = chosen_runs(runs, arms), {}
     for arm in chosen:
         for reference in arms[arm].references:
             if parts := differences(dice, chosen[arm], chosen.get(reference, {})):
@@ -239,6 +251,7 @@ DIFFERENCE_TITLES = (
 
 def draw(out, arms):
     """Write table.md, effects.png and masks.png to the folder of the results; `arms`: those of study.py."""
+    require_file(out / 'runs.csv', 'study.py --data writes it')
     runs, found = read_runs(out), compare_arms(out, arms)
     text = markdown(ARM_TITLES, arm_rows(runs, arms)) + '\n' + markdown(DIFFERENCE_TITLES, difference_rows(found))
     write_file(out / 'table.md', lambda file: file.write(text.encode()))
@@ -254,13 +267,14 @@ def draw_effects(found, path):
     figure = Figure(figsize=(8, 1.2 + 0.3 * len(found)), layout='constrained')
     axes = figure.subplots()
     for row, each in enumerate(reversed(found.values())):
-        axes.plot(each.fold_interval or [], [row] * len(each.fold_interval or []), color='lightgrey', linewidth=1)
+        axes.plot(each.fold_interval or [], [row] * len(each.fold_interval or []), color='grey', linewidth=1)
         axes.plot(each.interval, [row, row], color='C0', linewidth=2)
         axes.plot(each.mean, row, 'o', color='C0')
         axes.plot(each.fold_means, [row] * len(each.fold_means), '|', color='black')
     axes.set_yticks(range(len(found)), [' - '.join(pair) for pair in reversed(found)])
     axes.axvline(0, color='grey', linestyle='--')
-    axes.set(xlabel='difference of test Dice: mean; 95 % of folds and images (blue), of folds (grey); dashes: folds')
+    axes.set_ylim(-0.7, max(1, len(found)) - 0.3)
+    axes.set_xlabel('difference of test Dice\n95 % of folds and images (blue), t of the folds (grey); dashes: folds')
     write_file(path, lambda file: figure.savefig(file, format='png', dpi=120))
 
 
@@ -273,15 +287,18 @@ def draw_masks(runs, arms, path):
     shown = [chosen[arm] for line in lines.values() for arm in line]
     folds = sorted(set.intersection(*map(set, shown))) if shown else []
     figure = Figure(figsize=(6, 4), layout='constrained')
-    axes = figure.subplots()
+    axes, ticks = figure.subplots(), set()
     for colour, (name, line) in enumerate(lines.items()):
         points = [[runs[chosen[arm][fold]] for fold in folds] for arm in line if folds]
         counts = [statistics.fmean(run['masks'] for run in found) for found in points]
         values = [[run['test_dice'] for run in found] for found in points]
         axes.plot(counts, [statistics.fmean(each) for each in values], '.-', color=f'C{colour}', label=arms[name].text)
+        ticks.update(counts)
         for count, each in zip(counts, values):
             axes.plot([count] * len(each), each, '_', color=f'C{colour}')
     axes.set(xlabel='masks in training', ylabel='test Dice, mean over folds; dashes: folds', xscale='log')
+    axes.minorticks_off()
+    axes.set_xticks(sorted(ticks), [f'{count:.0f}' for count in sorted(ticks)])
     axes.grid(alpha=0.3)
     axes.legend()
     write_file(path, lambda file: figure.savefig(file, format='png', dpi=120))

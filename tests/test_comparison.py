@@ -34,8 +34,15 @@ def test_t_interval_of_folds_that_differ_covers_zero_in_about_95_of_100_draws(fo
 def test_clear_difference_has_an_interval_without_zero_and_a_small_p_value():
     generator = np.random.default_rng(0)
     found = compare({fold: generator.normal(0.02, 0.05, 200) for fold in range(5)})
-    assert found.interval[0] > 0.01 and found.interval[1] < 0.03 and found.p_value < 0.001
+    assert found.interval[0] > 0.01 and found.interval[1] < 0.03 and found.p_value == 1 / 10001
     assert found.mean == pytest.approx(np.mean(found.fold_means)) and found.images == 1000
+
+
+def test_p_value_is_two_sided():
+    values = np.random.default_rng(0).normal(0, 1, 400)
+    parts = {fold: values[100 * fold : 100 * fold + 100] - values.mean() + 0.09 for fold in range(4)}
+    above, below = compare(parts), compare({fold: -part for fold, part in parts.items()})
+    assert 0.02 < above.p_value < 0.3 and above.p_value == pytest.approx(below.p_value, rel=0.1)
 
 
 def test_same_seed_same_interval_whatever_the_order_of_the_images():

@@ -2,6 +2,8 @@
 
 import csv
 import gzip
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -9,12 +11,13 @@ import torch
 
 import data_prepare
 import data_rechunk
+import engine
 import study
 import study_tables
 from dataloader_mtl import RandomCropFlip
 from models import MTLNet, UNet, load_model
 from study import ARMS, PARTS, RATES, RunKey
-from support.cli import InputError
+from support.cli import InputError, Stopped
 from support.report import write_csv
 
 
@@ -36,6 +39,7 @@ def part_of(root, masks, tasks=MTLNet.tasks):
 def test_masked_images_come_in_the_same_augmentation_with_and_without_others(folds):
     alone, together = part_of(folds, 10, UNet.tasks), part_of(folds, 10)
     assert len(alone) == len(together) > 10
+    seen = []
     for epoch in 1, 2:
         one = study.draw_batches(3, False, alone, 1, study.MASKED, 0, epoch)
         both = study.draw_batches(3, True, together, 1, study.MASKED + study.OTHERS, 0, epoch)
@@ -46,6 +50,8 @@ def test_masked_images_come_in_the_same_augmentation_with_and_without_others(fol
             assert torch.equal(first.image, second.image[: study.MASKED])
             assert not first.mask.isnan().any() and second.mask[study.MASKED :].isnan().all()
             assert one.indices(number) == both.indices(number)[: study.MASKED]
+        seen.append(both.indices(0))
+    assert seen[0] != seen[1]
 
 
 def test_images_are_shuffled_and_all_come_before_one_comes_again():
@@ -90,12 +96,33 @@ def test_sequential_starts_with_the_encoder_of_its_first_half(folds, tmp_path):
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize('arm', ['unet-long', 'mtl-60', '80-10-10', 'mtl-imagenet'])
+def test_run_is_trained_as_its_arm_says(arm, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(study.engine, 'train', lambda *arguments: calls.append(arguments))
+    study.train_run(RunKey(arm, 2, 0.01), 'data', tmp_path)
+    ((network, loss, args, plan),) = calls
+    assert network is ARMS[arm].network and network.tasks == tuple(loss.weights)
+    weights = {'80-10-10': [0.8, 0.1, 0.1]}.get(arm, [1 / len(network.tasks)] * len(network.tasks))
+    assert list(loss.weights.values()) == pytest.approx(weights)
+    assert (args.data, args.out, args.lr, args.seed) == ('data/fold2', str(tmp_path), 0.01, 2)
+    assert (args.epochs, args.device, args.workers) == (study.EPOCHS, 'cpu', 0)
+    long, imagenet = arm == 'unet-long', arm == 'mtl-imagenet'
+    assert plan.draw.args == (study.STEPS * (2 if long else 1), not long)
+    assert args.batch_size == (8 if long else 24)
+    assert plan.load.args == (60 if arm == 'mtl-60' else None,)
+    assert plan.recipe == (study.PRETRAINED if imagenet else study.SCRATCH)
+    assert (args.encoder, args.encoder_weights) == (study.IMAGENET if imagenet else ('unet', 'none'))
+
+
 def test_rates_are_chosen_first_on_fold_0_and_nothing_is_trained_twice():
     missing = study.missing_runs({}, list(ARMS), range(5))
     assert missing[:3] == [RunKey('unet', 0, rate) for rate in RATES]
-    searched = {key: {'val_dice': 0.5 + (key.rate == RATES[1]) / 10} for key in missing}
+    assert all(key.rate is None for key in missing if key.fold)
+    searched = {key: {'val_dice': 0.5 + (key.rate == RATES[1]) / 10} for key in missing if key.rate}
     rest = study.missing_runs(searched, list(ARMS), range(5))
     assert not set(rest) & set(searched) and {key.rate for key in rest} == {RATES[1]}
+    assert len(missing) == len(searched) + len(rest)
     runs = searched | dict.fromkeys(rest)
     assert study.missing_runs(runs, list(ARMS), range(5)) == []
     for names, count in PARTS:
@@ -104,42 +131,102 @@ def test_rates_are_chosen_first_on_fold_0_and_nothing_is_trained_twice():
     assert {name for names, _ in PARTS for name in names} == set(ARMS)
 
 
-def test_all_runs_are_trained_two_at_a_time_and_a_failed_one_is_told(tmp_path, monkeypatch, capsys):
-    """Processes stand in for the runs: they end at once, one of them badly."""
-    started, alive = [], []
+class FinishedProcess:
+    """Stands in for the process of a run that ends at once; that of mtl-masked fails."""
 
-    class Process:
-        def __init__(self, key, folder):
-            self.exitcode = int(key.arm == 'mtl-masked')
-            folder.mkdir(parents=True)
-            metrics = {'dice': {'mean': 0.8, 'constant': 0.5}}
-            validation = {'dice': 0.7 + (key.rate == RATES[0]) / 10}
-            found = {'test': metrics, 'validation': validation, 'best_epoch': 1, 'training_seconds': 60}
-            found |= {'versions': {'torch': '2'}, 'machine': {'cpu': 'x86_64'}}
-            study_tables.write_result(found | {'data': {'train': {'mask': 70}}}, folder)
-            (folder / 'test_scores.csv').write_text('image,class,dice,mask_iou,accuracy,box_iou\npug_1,pug,0.8,,,\n')
+    def __init__(self, key, folder):
+        self.exitcode, self.terminated = int(key.arm == 'mtl-masked'), False
+        folder.mkdir(parents=True)
+        (folder / 'last.pt').write_bytes(b'')
+        metrics = {'dice': {'mean': 0.8, 'constant': 0.5}}
+        validation = {'dice': 0.7 + (key.rate == RATES[0]) / 10}
+        found = {'test': metrics, 'validation': validation, 'best_epoch': 1, 'training_seconds': 60}
+        found |= {'versions': {'torch': '2'}, 'machine': {'cpu': 'x86_64'}, 'data': {'train': {'mask': 70}}}
+        study_tables.write_result(found, folder)
+        (folder / 'test_scores.csv').write_text('image,class,dice,mask_iou,accuracy,box_iou\npug_1,pug,0.8,,,\n')
 
-        def is_alive(self):
-            alive.append(len(started))
-            return False
+    def is_alive(self):
+        return self.terminated
+
+    def terminate(self):
+        self.terminated = True
+
+    def join(self):
+        pass
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """{RunKey: FinishedProcess} of the runs that are started; options for study.main."""
+    started = {}
 
     def start(key, data, folder, threads):
-        started.append(key)
-        return Process(key, folder)
+        assert key not in started
+        started[key] = FinishedProcess(key, folder)
+        return started[key]
 
     monkeypatch.setattr(study, 'start_run', start)
     monkeypatch.setattr(study.time, 'sleep', lambda seconds: None)
-    options = '--out', str(tmp_path / 'out'), '--runs', str(tmp_path / 'runs'), '--jobs', '2', '--folds', '0', '1'
+    for fold in range(2):
+        (tmp_path / f'fold{fold}').mkdir()
+    options = '--data', str(tmp_path), '--out', str(tmp_path / 'out'), '--runs', str(tmp_path / 'runs')
+    return started, [*options, '--jobs', '2', '--folds', '0', '1', '--only']
+
+
+def test_all_runs_are_trained_and_a_failed_one_is_told(finished, tmp_path, capsys):
+    started, options = finished
     with pytest.raises(InputError, match='2 runs failed; the same command goes on with them'):
-        study.main([*options, '--only', 'unet', 'mtl', 'mtl-masked'])
-    assert alive[0] == 2 and len(started) == len(set(started)) == 3 + 3 + 2 + 2
+        study.main([*options, 'unet', 'mtl', 'mtl-masked'])
+    assert len(started) == 3 + 3 + 2 + 2
     assert set(started) >= {RunKey(arm, 1, RATES[0]) for arm in ('unet', 'mtl', 'mtl-masked')}
     done = study_tables.read_runs(tmp_path / 'out')
     assert set(done) == {key for key in started if key.arm != 'mtl-masked'}
-    assert 'runs left, about' in capsys.readouterr().out
+    assert {path.parent.name[:10] for path in tmp_path.rglob('last.pt')} == {'mtl-masked'}
+    assert '9 runs left, about' in capsys.readouterr().out
     started.clear()
-    study.main([*options, '--only', 'unet'])
-    assert started == [] and '| `unet`: mask alone | 2 |' in (tmp_path / 'out' / 'table.md').read_text()
+    study.main([*options, 'unet'])
+    assert not started and '| `unet`: mask alone | 2 |' in (tmp_path / 'out' / 'table.md').read_text()
+
+
+def test_signal_stops_the_runs_that_are_being_trained(finished, monkeypatch):
+    started, options = finished
+    monkeypatch.setattr(study.time, 'sleep', lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(FinishedProcess, 'is_alive', lambda self: True)
+    with pytest.raises(Stopped):
+        study.main([*options, 'unet'])
+    assert len(started) == 2 and all(process.terminated for process in started.values())
+
+
+def test_missing_fold_is_told_before_any_run(finished, tmp_path):
+    started, options = finished
+    (tmp_path / 'fold1').rmdir()
+    with pytest.raises(InputError, match='fold1: no such folder'):
+        study.main([*options, 'unet'])
+    assert not started
+
+
+@pytest.mark.parametrize('error', [engine.Diverged('the loss is nan'), InputError('no such file')])
+def test_process_of_a_run_writes_its_result_and_what_stopped_it(error, tmp_path, monkeypatch):
+    """A run that diverged is a result; its learning rate is not chosen."""
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(study, 'train_run', fail)
+    key, folder = RunKey('unet', 0, RATES[2]), tmp_path / 'run'
+    if diverged := isinstance(error, engine.Diverged):
+        study.run_process(key, 'data', folder, torch.get_num_threads())
+        study_tables.add_result(tmp_path, key, folder)
+        runs = study_tables.read_runs(tmp_path)
+        assert study_tables.chosen_rate(runs | {RunKey('unet', 0, RATES[0]): {'val_dice': 0.1}}, 'mtl-60', ARMS) is None
+        assert (
+            study_tables.chosen_rate(runs | {RunKey('unet', 0, RATES[0]): {'val_dice': 0.1}}, 'unet', ARMS) == RATES[0]
+        )
+    else:
+        with pytest.raises(SystemExit):
+            study.run_process(key, 'data', folder, torch.get_num_threads())
+    assert str(error) in (folder / 'log.txt').read_text()
+    assert (folder / 'result.json').exists() == diverged
 
 
 def write_results(out, shift):
@@ -152,7 +239,7 @@ def write_results(out, shift):
             scores += [
                 about | {'image': f'{fold}_{i}', 'dice': value} for i, value in enumerate(dice) if arm != 'class'
             ]
-            values = {'dice': dice.mean(), 'mask_iou': 0.7, 'accuracy': 0.5, 'box_iou': 0.6}
+            values = {'dice': None if arm == 'class' else dice.mean(), 'mask_iou': 0.7, 'accuracy': 0.5, 'box_iou': 0.6}
             run = about | {'masks': 70, 'minutes': 3, 'val_dice': 0.8, 'constant_dice': 0.55}
             runs.append(run | {f'test_{name}': value for name, value in values.items()})
     write_csv(study_tables.RUN_COLUMNS, runs, out / 'runs.csv')
@@ -207,9 +294,14 @@ def test_rate_is_chosen_by_the_metric_of_the_network():
         for arm, metric in ('unet', 'dice'), ('class', 'accuracy'), ('box', 'box_iou'):
             values = {f'val_{name}': None for name in study_tables.METRICS}
             runs[RunKey(arm, 0, rate)] = values | {f'val_{metric}': number / 10}
-    assert [study.chosen_rate(arm, runs) for arm in ('unet-long', 'class', 'box', 'mtl')] == [0.01] * 3 + [None]
+    rates = [study_tables.chosen_rate(runs, arm, ARMS) for arm in ('unet-long', 'class', 'box', 'mtl')]
+    assert rates == [0.01] * 3 + [None]
 
 
-def test_tables_of_no_results_are_empty(tmp_path):
-    study.main(['--table', '--out', str(tmp_path)])
-    assert read_markdown((tmp_path / 'table.md').read_text().split('\n\n')) == [[], []]
+def test_results_that_are_missing_are_told(tmp_path):
+    with pytest.raises(InputError, match='runs.csv: no such file'):
+        study.main(['--table', '--out', str(tmp_path)])
+    write_results(tmp_path, 0)
+    (tmp_path / 'scores.csv.gz').unlink()
+    with pytest.raises(InputError, match='scores.csv.gz: lacks'):
+        study.main(['--table', '--out', str(tmp_path)])
