@@ -220,7 +220,8 @@ def difference_rows(found):
         of_folds = ' to '.join(f'{bound:+.4f}' for bound in each.fold_interval) if each.fold_interval else ''
         better = f'{sum(mean > 0 for mean in each.fold_means)} of {len(each.fold_means)}'
         names = ' - '.join(f'`{arm}`' for arm in pair)
-        rows.append([names, f'{each.mean:+.4f}', f'{low} to {high}', of_folds, better, f'{corrected[pair]:.3f}'])
+        p = f'{corrected[pair]:.3f}' if corrected[pair] >= 0.001 else '< 0.001'
+        rows.append([names, f'{each.mean:+.4f}', f'{low} to {high}', of_folds, better, p])
     return rows
 
 

@@ -260,7 +260,7 @@ def test_tables_of_made_up_scores(tmp_path, capsys):
     rows = {row['arm']: row for row in arms}
     assert difference['difference of test Dice'] == '`mtl` - `unet`' and difference['folds above 0'] == '3 of 3'
     low, high = map(float, difference['95 %, folds and images'].split(' to '))
-    assert 0.02 < low < 0.05 < high < 0.08 and float(difference['p (Holm)']) < 0.01
+    assert 0.02 < low < 0.05 < high < 0.08 and difference['p (Holm)'] == '< 0.001'
     assert float(difference['95 %, t of the folds'].split(' to ')[0]) < low
     mtl = rows['`mtl`: all tasks, equal weights']
     assert mtl['gain over single tasks'].startswith('+') and mtl['folds'] == '3' and mtl['learning rate'] == '0.003'
