@@ -285,8 +285,12 @@ def draw_masks(runs, arms, path):
 
     chosen = chosen_runs(runs, arms)
     lines = {name: [arm for arm in (f'{name}-60', f'{name}-240', name) if arm in chosen] for name in ('unet', 'mtl')}
-    shown = [chosen[arm] for line in lines.values() for arm in line]
-    folds = sorted(set.intersection(*map(set, shown))) if shown else []
+    tested = [
+        {fold for fold, key in chosen[arm].items() if runs[key]['test_dice'] is not None}
+        for line in lines.values()
+        for arm in line
+    ]
+    folds = sorted(set.intersection(*tested)) if tested else []
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes, ticks = figure.subplots(), set()
     for colour, (name, line) in enumerate(lines.items()):

@@ -298,6 +298,16 @@ def test_rate_is_chosen_by_the_metric_of_the_network():
     assert rates == [0.01] * 3 + [None]
 
 
+def test_tables_leave_out_a_run_that_diverged(tmp_path):
+    write_results(tmp_path, 0.05)
+    key, folder = RunKey('mtl-60', 0, 0.003), tmp_path / 'run'
+    folder.mkdir()
+    study_tables.write_result(None, folder)
+    study_tables.add_result(tmp_path, key, folder)
+    study.main(['--table', '--out', str(tmp_path)])
+    assert '`mtl-60`' in (tmp_path / 'table.md').read_text() and (tmp_path / 'masks.png').exists()
+
+
 def test_results_that_are_missing_are_told(tmp_path):
     with pytest.raises(InputError, match='runs.csv: no such file'):
         study.main(['--table', '--out', str(tmp_path)])
