@@ -18,7 +18,7 @@ demo: .venv/ready
 	$(RUN) mtl_vis.py $(DEMO) --model runs/demo/mtl_model.pt
 
 test: .venv/ready
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8
 
 check: lint
 	$(RUN) -m pytest -m ''
