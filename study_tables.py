@@ -37,7 +37,8 @@ RUN_COLUMNS = (
     *(f'val_{name}' for name in METRICS),
     *(f'test_{name}' for name in METRICS),
 )
-RUN_COLUMNS += ('constant_dice',)
+RUN_COLUMNS += ('constant_dice', 'learned_weighting')
+TEXTS = ('torch', 'cpu', 'learned_weighting')
 SCORE_COLUMNS = (*KEY, 'image', 'class', *METRICS)
 
 
@@ -48,7 +49,7 @@ def write_result(metrics, folder):
     """Write result.json, what `add_result` takes from a run's metrics.json; `metrics` None: of a run that diverged."""
     result = {'minutes': 0.0}
     if metrics:
-        test = metrics['test']
+        test, learned = metrics['test'], metrics['learned_weighting']
         result = {
             'masks': metrics['data']['train']['mask'],
             'best_epoch': metrics['best_epoch'],
@@ -58,6 +59,7 @@ def write_result(metrics, folder):
             **{f'val_{name}': metrics['validation'].get(name) for name in METRICS},
             **{f'test_{name}': test[name]['mean'] if name in test else None for name in METRICS},
             'constant_dice': test['dice']['constant'] if 'dice' in test else None,
+            'learned_weighting': ' '.join(f'{name}={value:.3f}' for name, value in learned.items()),
         }
     write_file(folder / 'result.json', lambda file: file.write(json.dumps(result).encode()))
 
@@ -76,7 +78,7 @@ def key_of(row):
 
 def read_runs(out):
     """{RunKey: {column of runs.csv: float, None where empty}}, without the texts."""
-    numbers = [name for name in RUN_COLUMNS if name not in (*KEY, 'torch', 'cpu')]
+    numbers = [name for name in RUN_COLUMNS if name not in KEY + TEXTS]
     return {
         key_of(row): {name: float(row[name]) if row[name] else None for name in numbers}
         for row in read_table(out / 'runs.csv')

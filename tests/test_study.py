@@ -67,7 +67,7 @@ def test_few_masks_are_the_same_for_all_networks_and_nested(folds):
     assert len(few) == len(more)
 
 
-@pytest.mark.parametrize('arm', ['unet', 'mtl', 'class', 'sequential'])
+@pytest.mark.parametrize('arm', ['unet', 'mtl', 'class', 'sequential', 'uncertainty'])
 def test_arm_trains_and_its_result_is_added_once(folds, tmp_path, arm):
     key, out = RunKey(arm, 0, 1e-3), tmp_path / 'out'
     metrics = study.train_run(key, folds, tmp_path / 'run', epochs=2, steps=1)
@@ -83,6 +83,8 @@ def test_arm_trains_and_its_result_is_added_once(folds, tmp_path, arm):
     assert len(rows) == metrics['data']['test']['images'] and rows[0]['image']
     run = study_tables.read_runs(out)[key]
     assert (run['test_dice'] is None) == (arm == 'class') and run['masks'] == metrics['data']['train']['mask']
+    (row,) = study_tables.read_table(out / 'runs.csv')
+    assert ('log_variance.mask=' in row['learned_weighting']) == (arm == 'uncertainty')
     if arm == 'sequential':
         first = load_model(tmp_path / 'run' / 'first' / 'best.pt')
         assert type(first).__name__ == 'ClassBoxNet'
@@ -142,6 +144,7 @@ class FinishedProcess:
         validation = {'dice': 0.7 + (key.rate == RATES[0]) / 10}
         found = {'test': metrics, 'validation': validation, 'best_epoch': 1, 'training_seconds': 60}
         found |= {'versions': {'torch': '2'}, 'machine': {'cpu': 'x86_64'}, 'data': {'train': {'mask': 70}}}
+        found |= {'learned_weighting': {}}
         study_tables.write_result(found, folder)
         (folder / 'test_scores.csv').write_text('image,class,dice,mask_iou,accuracy,box_iou\npug_1,pug,0.8,,,\n')
 
