@@ -36,8 +36,9 @@ RUN_COLUMNS = (
     'cpu',
     *(f'val_{name}' for name in METRICS),
     *(f'test_{name}' for name in METRICS),
+    'constant_dice',
+    'learned_weighting',
 )
-RUN_COLUMNS += ('constant_dice', 'learned_weighting')
 TEXTS = ('torch', 'cpu', 'learned_weighting')
 SCORE_COLUMNS = (*KEY, 'image', 'class', *METRICS)
 
