@@ -7,11 +7,12 @@ import csv
 import gzip
 import json
 import statistics
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from comparison import compare, holm, relative_gain
+from comparison import compare, holm, relative_gain, t_interval
 from support.cli import InputError
 from support.files import require_file, write_file
 from support.report import write_csv
@@ -39,6 +40,7 @@ RUN_COLUMNS = (
     'constant_dice',
     'learned_weighting',
 )
+SINGLE = {'mask': ('unet', 'dice'), 'class': ('class', 'accuracy'), 'box': ('box', 'box_iou')}  # task: arm, metric
 TEXTS = ('torch', 'cpu', 'learned_weighting')
 SCORE_COLUMNS = (*KEY, 'image', 'class', *METRICS)
 
@@ -164,24 +166,27 @@ def compare_arms(out, arms):
     return found
 
 
-def gain(runs, chosen, arm, arms):
-    """The mean over folds of `relative_gain` over the single-task networks.
+def gains(runs, chosen, arm, arms):
+    """{tasks: [`relative_gain` over the single-task networks, of each fold]}, for each task of `arm` and for all.
 
-    None without the tasks or the folds, and for arms with another encoder, fewer masks or fewer images than those.
+    Empty for a network of one task, without the single-task networks, and for an arm with another encoder, fewer masks
+    or fewer images than those.
     """
-    single = {'dice': 'unet', 'accuracy': 'class', 'box_iou': 'box'}
-    same = not arms[arm].masks and arms[arm].others and arms[arm].encoder == arms['unet'].encoder
-    if not same or any(name not in chosen for name in single.values()):
-        return None
-    gains = []
-    for fold in sorted(set(chosen[arm]).intersection(*(chosen[name] for name in single.values()))):
-        metrics = {name: runs[chosen[arm][fold]][f'test_{name}'] for name in single}
-        if None in metrics.values():
-            return None
-        gains.append(
-            relative_gain(metrics, {name: runs[chosen[of][fold]][f'test_{name}'] for name, of in single.items()})
-        )
-    return statistics.fmean(gains) if gains else None
+    tasks, same = arms[arm].network.tasks, not arms[arm].masks and arms[arm].encoder == arms['unet'].encoder
+    if len(tasks) < 2 or not same or not arms[arm].others or any(SINGLE[task][0] not in chosen for task in tasks):
+        return {}
+    folds = sorted(set(chosen[arm]).intersection(*(chosen[SINGLE[task][0]] for task in tasks)))
+    tested = [
+        [{task: runs[chosen[name][fold]][f'test_{SINGLE[task][1]}'] for task, name in each.items()} for fold in folds]
+        for each in (dict.fromkeys(tasks, arm), {task: SINGLE[task][0] for task in tasks})
+    ]
+    if any(None in values.values() for values in chain(*tested)):  # a run that diverged
+        return {}
+    return {
+        part: [relative_gain(ours, {task: single[task] for task in part}) for ours, single in zip(*tested)]
+        for part in (*((task,) for task in tasks), tasks)
+        if folds
+    }
 
 
 def mean_and_spread(values):
@@ -197,20 +202,18 @@ def arm_rows(runs, arms):
     chosen, rows = chosen_runs(runs, arms), []
     for arm, keys in chosen.items():
         found = [runs[key] for key in keys.values()]
-        relative = gain(runs, chosen, arm, arms)
         rows.append(
             [
                 f'`{arm}`: {arms[arm].text}',
                 str(len(keys)),
                 *(mean_and_spread([run[f'test_{name}'] for run in found]) for name in METRICS),
-                '' if relative is None else f'{relative:+.1%}',
                 f'{next(iter(keys.values())).rate:g}',
                 f'{statistics.fmean(run["minutes"] for run in found):.1f}',
             ]
         )
     constant = [runs[key]['constant_dice'] for key in chosen.get('unet', {}).values()]
     if constant:
-        rows.append(['pet everywhere', str(len(constant)), mean_and_spread(constant), *[''] * 6])
+        rows.append(['pet everywhere', str(len(constant)), mean_and_spread(constant), *[''] * 5])
     return rows
 
 
@@ -228,21 +231,31 @@ def difference_rows(found):
     return rows
 
 
+def gain_rows(runs, arms):
+    """A row of the table for each arm that has `gains`: the number of folds, the gain in each task and their mean."""
+    chosen, rows = chosen_runs(runs, arms), []
+    for arm in chosen:
+        if found := gains(runs, chosen, arm, arms):
+            cells = [percent_with_interval(found.get(part, [])) for part in ((task,) for task in SINGLE)]
+            *_, together = found.values()
+            rows.append([f'`{arm}`', str(len(together)), *cells, percent_with_interval(together)])
+    return rows
+
+
+def percent_with_interval(values):
+    """The mean of some ratios and its interval by Student's t, in per cent, as text; '' of none."""
+    if not values:
+        return ''
+    bounds = t_interval(values)
+    interval = f' ({bounds[0]:+.1%} to {bounds[1]:+.1%})' if bounds else ''
+    return f'{statistics.fmean(values):+.1%}{interval}'
+
+
 def markdown(titles, rows):
     return ''.join('| ' + ' | '.join(cells) + ' |\n' for cells in (titles, ['---'] * len(titles), *rows))
 
 
-ARM_TITLES = (
-    'arm',
-    'folds',
-    'Dice',
-    'mask IoU',
-    'accuracy',
-    'box IoU',
-    'gain over single tasks',
-    'learning rate',
-    'minutes',
-)
+ARM_TITLES = ('arm', 'folds', 'Dice', 'mask IoU', 'accuracy', 'box IoU', 'learning rate', 'minutes')
 DIFFERENCE_TITLES = (
     'difference of test Dice',
     'mean',
@@ -251,13 +264,17 @@ DIFFERENCE_TITLES = (
     'folds above 0',
     'p (Holm)',
 )
+GAIN_TITLES = ('gain over single tasks', 'folds', 'Dice', 'accuracy', 'box IoU', 'mean of its tasks')
 
 
 def draw(out, arms):
     """Write table.md, effects.png and masks.png to the folder of the results; `arms`: those of study.py."""
     require_file(out / 'runs.csv', 'study.py --data writes it')
     runs, found = read_runs(out), compare_arms(out, arms)
-    text = markdown(ARM_TITLES, arm_rows(runs, arms)) + '\n' + markdown(DIFFERENCE_TITLES, difference_rows(found))
+    tables = [(ARM_TITLES, arm_rows(runs, arms)), (DIFFERENCE_TITLES, difference_rows(found))]
+    if rows := gain_rows(runs, arms):
+        tables.append((GAIN_TITLES, rows))
+    text = '\n'.join(markdown(*table) for table in tables)
     write_file(out / 'table.md', lambda file: file.write(text.encode()))
     print(text, end='')
     draw_effects(found, out / 'effects.png')

@@ -259,14 +259,16 @@ def test_tables_of_made_up_scores(tmp_path, capsys):
     write_results(tmp_path, 0.05)
     study.main(['--table', '--out', str(tmp_path)])
     first = (tmp_path / 'table.md').read_bytes()
-    arms, (difference,) = read_markdown(first.decode().split('\n\n'))
+    arms, (difference,), (gain,) = read_markdown(first.decode().split('\n\n'))
     rows = {row['arm']: row for row in arms}
     assert difference['difference of test Dice'] == '`mtl` - `unet`' and difference['folds above 0'] == '3 of 3'
     low, high = map(float, difference['95 %, folds and images'].split(' to '))
     assert 0.02 < low < 0.05 < high < 0.08 and difference['p (Holm)'] == '< 0.001'
     assert float(difference['95 %, t of the folds'].split(' to ')[0]) < low
     mtl = rows['`mtl`: all tasks, equal weights']
-    assert mtl['gain over single tasks'].startswith('+') and mtl['folds'] == '3' and mtl['learning rate'] == '0.003'
+    assert mtl['folds'] == '3' and mtl['learning rate'] == '0.003'
+    assert gain['gain over single tasks'] == '`mtl`' and gain['Dice'].startswith('+6.')
+    assert gain['accuracy'] == '+0.0% (+0.0% to +0.0%)' and gain['mean of its tasks'].startswith('+2.')
     assert rows['pet everywhere']['Dice'] == '0.550 ± 0.000'
     assert {path.name for path in tmp_path.iterdir()} >= {'table.md', 'effects.png', 'masks.png'}
     study.main(['--table', '--out', str(tmp_path)])
@@ -277,9 +279,18 @@ def test_gain_is_of_networks_with_the_same_images_as_the_single_tasks(tmp_path):
     write_results(tmp_path, 0.05)
     runs = study_tables.read_runs(tmp_path)
     chosen = study_tables.chosen_runs(runs, ARMS)
-    assert study_tables.gain(runs, chosen, 'mtl', ARMS) == pytest.approx(0.05 / 0.8 / 3, rel=0.2)
-    for name in 'mtl-60', 'mtl-masked', 'mtl-imagenet':
-        assert study_tables.gain(runs, chosen | {name: chosen['mtl']}, name, ARMS) is None
+    found = study_tables.gains(runs, chosen, 'mtl', ARMS)
+    assert found['mask', 'class', 'box'] == pytest.approx([gain / 3 for gain in found['mask',]])
+    assert found['class',] == found['box',] == [0] * 3
+    for name in 'mtl-60', 'mtl-masked', 'mtl-imagenet', 'unet-others':
+        assert study_tables.gains(runs, chosen | {name: chosen['mtl']}, name, ARMS) == {}
+    assert list(study_tables.gains(runs, chosen | {'without-bbox': chosen['mtl']}, 'without-bbox', ARMS)) == [
+        ('mask',),
+        ('class',),
+        ('mask', 'class'),
+    ]
+    runs[chosen['mtl'][1]]['test_dice'] = None
+    assert study_tables.gains(runs, chosen, 'mtl', ARMS) == {}
 
 
 def test_runs_tested_on_different_images_are_refused():
