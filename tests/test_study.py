@@ -4,6 +4,7 @@ import csv
 import gzip
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,6 +274,12 @@ def test_tables_of_made_up_scores(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} >= {'table.md', 'effects.png', 'masks.png'}
     study.main(['--table', '--out', str(tmp_path)])
     assert (tmp_path / 'table.md').read_bytes() == first
+
+
+def test_readme_shows_the_committed_table():
+    root = Path(study.__file__).parent
+    table, *_ = (root / 'results/study/table.md').read_text().split('\n\n')
+    assert table in (root / 'README.md').read_text()
 
 
 def test_gain_is_of_networks_with_the_same_images_as_the_single_tasks(tmp_path):
