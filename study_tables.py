@@ -7,7 +7,6 @@ import csv
 import gzip
 import json
 import statistics
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -176,16 +175,17 @@ def gains(runs, chosen, arm, arms):
     if len(tasks) < 2 or not same or not arms[arm].others or any(SINGLE[task][0] not in chosen for task in tasks):
         return {}
     folds = sorted(set(chosen[arm]).intersection(*(chosen[SINGLE[task][0]] for task in tasks)))
-    tested = [
-        [{task: runs[chosen[name][fold]][f'test_{SINGLE[task][1]}'] for task, name in each.items()} for fold in folds]
-        for each in (dict.fromkeys(tasks, arm), {task: SINGLE[task][0] for task in tasks})
-    ]
-    if any(None in values.values() for values in chain(*tested)):  # a run that diverged
+
+    def tested(task, name, fold):
+        return runs[chosen[name][fold]][f'test_{SINGLE[task][1]}']
+
+    ours = [{task: tested(task, arm, fold) for task in tasks} for fold in folds]
+    single = [{task: tested(task, SINGLE[task][0], fold) for task in tasks} for fold in folds]
+    if not folds or any(None in metrics.values() for metrics in ours + single):  # None: a run that diverged
         return {}
     return {
-        part: [relative_gain(ours, {task: single[task] for task in part}) for ours, single in zip(*tested)]
+        part: [relative_gain(one, {task: other[task] for task in part}) for one, other in zip(ours, single)]
         for part in (*((task,) for task in tasks), tasks)
-        if folds
     }
 
 

@@ -288,6 +288,7 @@ def test_gain_is_of_networks_with_the_same_images_as_the_single_tasks(tmp_path):
     chosen = study_tables.chosen_runs(runs, ARMS)
     found = study_tables.gains(runs, chosen, 'mtl', ARMS)
     assert found['mask', 'class', 'box'] == pytest.approx([gain / 3 for gain in found['mask',]])
+    assert np.mean(found['mask', 'class', 'box']) == pytest.approx(0.05 / 0.8 / 3, rel=0.2)
     assert found['class',] == found['box',] == [0] * 3
     for name in 'mtl-60', 'mtl-masked', 'mtl-imagenet', 'unet-others':
         assert study_tables.gains(runs, chosen | {name: chosen['mtl']}, name, ARMS) == {}
