@@ -91,11 +91,11 @@ def make_rows(runs, labels):
 def draw(runs, labels, constant, path):
     """Dice against minutes; `labels` as in `make_rows`; pale: rates that are not the best."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-    figure = Figure(figsize=(8, 5), layout='constrained')
+    figure = Figure(figsize=(8, 6), layout='constrained')
     axes, best, named = figure.subplots(), best_rates(runs), set()
-    for (name, rate, _), points in sorted(runs.items()):
+    for (name, rate, _), points in sorted(runs.items(), key=lambda run: list(labels).index(run[0][0])):
         minutes, _, dice = zip(*points)
         chosen = rate == best[name]
         label = labels[name] if chosen and name not in named else None
@@ -104,8 +104,9 @@ def draw(runs, labels, constant, path):
         axes.plot(minutes, dice, '.-', color=colour, alpha=1 if chosen else 0.25, label=label, markersize=3)
     axes.axhline(constant, color='grey', linestyle='--', label='pet everywhere')
     axes.set(xlabel='minutes of training', ylabel='validation Dice', xscale='log', ylim=(0, 1))
-    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        axis(ScalarFormatter())
+    axes.xaxis.set(
+        major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter(), minor_locator=NullLocator()
+    )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize='small')
+    figure.legend(fontsize='small', loc='outside lower center', ncols=2)
     write_file(path, lambda file: figure.savefig(file, format='png', dpi=120))
