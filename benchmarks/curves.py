@@ -41,6 +41,11 @@ def add_run(path, key, minutes, points):
     write_file(path, lambda file: file.write(before + text.getvalue().encode()))
 
 
+def runs_of(runs, name):
+    """The runs of one contender, by rate and seed."""
+    return {key: runs[key] for key in sorted(runs) if key[0] == name}
+
+
 def first_time(points, mark):
     """Minutes until the curve reaches `mark`, or infinity."""
     return next((minutes for minutes, _, dice in points if dice >= mark), math.inf)
@@ -61,7 +66,7 @@ def best_rates(runs):
 def median_times(runs, name):
     """Minutes to each of MARKS, at the best rate, the median over the seeds."""
     best = best_rates(runs).get(name)
-    chosen = [points for (other, rate, _), points in runs.items() if (other, rate) == (name, best)]
+    chosen = [points for (_, rate, _), points in runs_of(runs, name).items() if rate == best]
     return [
         statistics.median_high(first_time(points, mark) for points in chosen) if chosen else math.inf for mark in MARKS
     ]
@@ -75,7 +80,7 @@ def make_rows(runs, labels):
     """The rows of the table: each run, and the median over a contender's seeds; `labels`: {contender: text}."""
     rows, best = [], best_rates(runs)
     for name in labels:
-        mine = {key: runs[key] for key in sorted(runs) if key[0] == name}
+        mine = runs_of(runs, name)
         for (_, rate, seed), points in mine.items():
             times = cells(first_time(points, mark) for mark in MARKS)
             minutes, images, dice = points[-1]
@@ -94,14 +99,14 @@ def draw(runs, labels, constant, path):
     from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(8, 6), layout='constrained')
-    axes, best, named = figure.subplots(), best_rates(runs), set()
-    for (name, rate, _), points in sorted(runs.items(), key=lambda run: list(labels).index(run[0][0])):
-        minutes, _, dice = zip(*points)
-        chosen = rate == best[name]
-        label = labels[name] if chosen and name not in named else None
-        named |= {name} if chosen else set()
-        colour = f'C{list(labels).index(name)}'
-        axes.plot(minutes, dice, '.-', color=colour, alpha=1 if chosen else 0.25, label=label, markersize=3)
+    axes, best = figure.subplots(), best_rates(runs)
+    for number, (name, label) in enumerate(labels.items()):
+        for (_, rate, _), points in (mine := runs_of(runs, name)).items():
+            minutes, _, dice = zip(*points)
+            alpha = 1 if rate == best[name] else 0.25
+            axes.plot(minutes, dice, '.-', color=f'C{number}', alpha=alpha, markersize=3)
+        if mine:  # the legend's line
+            axes.plot([], [], '.-', color=f'C{number}', label=label, markersize=3)
     axes.axhline(constant, color='grey', linestyle='--', label='pet everywhere')
     axes.set(xlabel='minutes of training', ylabel='validation Dice', xscale='log', ylim=(0, 1))
     axes.xaxis.set(
