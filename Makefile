@@ -3,12 +3,13 @@
 #   make test    the tests, in three minutes at most on two cores
 #   make check   the tests and what takes longer: kills, damaged files, failed writes, memory
 #   make lint    ruff: style and format
+#   make cuda-check   what needs a GPU, with the packages that python3 has: no installation
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 DEMO := --data datasets/demo
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint cuda-check clean
 
 demo: .venv/ready
 	$(RUN) data_prepare.py --source synthetic --limit 1000 --size 128 --out datasets/demo
@@ -27,12 +28,15 @@ lint: .venv/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-.venv/ready: requirements.txt
+cuda-check:
+	$(PYTHON) benchmarks/cuda_check.py
+
+.venv/ready: requirements.txt requirements-dev.txt study/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo 'error: Python 3.10 or newer is needed; make $(MAKECMDGOALS) PYTHON=...'; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --upgrade pip
-	$(RUN) -m pip install -r requirements.txt
+	$(RUN) -m pip install -r requirements-dev.txt
 	touch $@
 
 clean:

@@ -4,12 +4,14 @@
     dataset = MTLDataset('train', transform=RandomCropFlip(256, 256))
     image, bbox, label, mask = dataset[0]
 
-Run `data_rechunk.py` first. An unknown box or mask is NaN and an unknown label -1; every loss and metric of
-`utils.py` leaves them out.
+Run `data_rechunk.py` first. What is not known is 255 in a mask, NaN in a box and -1 as a label; every loss and metric
+of `utils.py` leaves it out.
 """
 
 import math
+import multiprocessing.queues
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,24 +19,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision import tv_tensors
 from torchvision.ops import box_area
-from torchvision.transforms import v2
 
 from support.cli import InputError, ignore_signals, signals_blocked
 from support.device import seed_everything
 from support.distributed import get_rank, get_world_size
 from support.hdf5 import H5_ERRORS, LARGEST_SIDE, MASK_UNKNOWN, SPLITS, SampleReader, fingerprint, is_image_size
-from support.splits import limited, open_split, read_names
+from support.splits import limited, read_names, read_split
 
 # Of the training images, per RGB channel, for values in [0, 1].
 MEAN = (0.4773, 0.4458, 0.3949)
 STD = (0.2280, 0.2255, 0.2280)
 
 VISIBLE_BOX = 0.75  # of a box's area: augmentation drops boxes of which a crop leaves less
-JITTER = 0.3  # strength of `colour_jitter` in training
 LOADING, TRAINING = 0, 1  # what a batch's two random seeds are for
-NEAREST_EXACT = v2.InterpolationMode.NEAREST_EXACT
 
 
 # ---- pixels
@@ -57,43 +55,20 @@ def normalise(images):
     return torch.addcmul(offset, pixels.flatten(-2), scale).view_as(pixels).movedim(-1, -3)
 
 
-def denormalise(image):
-    """The inverse of `normalise`: float (3, H, W) -> uint8 (3, H, W)."""
-    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-    return ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 def colour_jitter(images, strength):
-    """(N, 3, H, W) float -> the same with a random brightness, contrast and saturation for each image.
+    """(N, 3, H, W), uint8 0-255 or float 0-1 -> float 0-1 with random brightness, contrast and saturation.
 
-    The factors are uniform in 1 - strength to 1 + strength. It is v2.ColorJitter without hue, in this fixed
-    order and without clamping. The three are then linear in the pixels: a 3 x 3 matrix and an offset for each
+    The factors are uniform in 1 - strength to 1 + strength, of each image. It is v2.ColorJitter without hue, in this
+    fixed order and without clamping. The three are then linear in the pixels: a 3 x 3 matrix and an offset for each
     image, one pass over the batch where v2.ColorJitter takes seven over each image.
     """
+    if not images.is_floating_point():
+        images = images.float() / 255
     brightness, contrast, saturation = torch.empty(3, len(images), 1, 1).uniform_(1 - strength, 1 + strength)
     grey = torch.tensor([[0.2989, 0.587, 0.114]])  # the weights of v2.functional.rgb_to_grayscale
     matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * grey)
     offset = brightness * (1 - contrast) * (grey @ images.mean(dim=(2, 3))[..., None])
     return torch.baddbmm(offset, matrix, images.flatten(2)).view_as(images)
-
-
-class Mask(tv_tensors.Mask):
-    """A mask whose resized pixels lie where the image's do.
-
-    v2 resizes masks with the mode 'nearest', which moves them by half a pixel; this one takes 'nearest-exact'.
-    """
-
-
-@v2.functional.register_kernel(v2.functional.resize, Mask)
-def resize_mask(mask, size, max_size=None, **kwargs):
-    resized = v2.functional.resize_image(mask.as_subclass(torch.Tensor), size, NEAREST_EXACT, max_size)
-    return tv_tensors.wrap(resized, like=mask)
-
-
-@v2.functional.register_kernel(v2.functional.resized_crop, Mask)
-def resized_crop_mask(mask, top, left, height, width, size, **kwargs):
-    crop = v2.functional.crop_image(mask.as_subclass(torch.Tensor), top, left, height, width)
-    return tv_tensors.wrap(v2.functional.resize_image(crop, size, NEAREST_EXACT), like=mask)
 
 
 class RandomCropFlip:
@@ -126,22 +101,22 @@ class RandomCropFlip:
         corners = (torch.rand(count, 2) * (image - sides + 1)).long()
         return torch.cat([corners, sides], dim=1), torch.rand(count) < 0.5
 
-    def __call__(self, images, boxes, masks, has_mask):
-        """Images (N, 3, H, W), boxes (N, 4) in pixels, masks (N, 1, H, W) and (N,) bool -> the first three.
+    def __call__(self, images, boxes, masks):
+        """Images (N, 3, H, W), boxes (N, 4) in pixels and masks (N, 1, H, W) -> the same, cropped, resized, flipped.
 
-        Only masks of `has_mask` are read, the others become unknown. Boxes may reach over the border.
+        Boxes may reach over the border.
         """
-        crops, flips = self.draw(len(images), *images.shape[-2:])
-        return self.apply(images, boxes, masks, has_mask, crops, flips)
+        return self.apply(images, boxes, masks, *self.draw(len(images), *images.shape[-2:]))
 
-    def apply(self, images, boxes, masks, has_mask, crops, flips):
+    def apply(self, images, boxes, masks, crops, flips):
+        """`__call__` with the parameters that `draw` returns."""
         new_images = images.new_empty((len(images), 3, *self.size))
-        new_masks = masks.new_full((len(images), 1, *self.size), MASK_UNKNOWN)
+        new_masks = masks.new_empty((len(images), 1, *self.size))
         for row, (top, left, height, width) in enumerate(crops.tolist()):
             window = (slice(row, row + 1), slice(None), slice(top, top + height), slice(left, left + width))
             new_images[row] = F.interpolate(images[window], self.size, mode='bilinear', antialias=True)[0]
-            if has_mask[row]:
-                new_masks[row] = F.interpolate(masks[window], self.size, mode='nearest-exact')[0]
+            # The mode 'nearest' would move the mask by half a pixel.
+            new_masks[row] = F.interpolate(masks[window], self.size, mode='nearest-exact')[0]
         new_images[flips] = new_images[flips].flip(-1)
         new_masks[flips] = new_masks[flips].flip(-1)
         top, left, height, width = crops.T[..., None].float()
@@ -160,7 +135,7 @@ class Sample(NamedTuple):
     image: torch.Tensor  # (3, H, W) float32, normalised with MEAN and STD
     bbox: torch.Tensor  # (4,) float32: xmin, ymin, xmax, ymax in [0, 1] of width and height, or NaN
     label: torch.Tensor  # () int64 in [0, n_classes), or -1
-    mask: torch.Tensor  # (1, H, W) float32: 1 pet, 0 background, NaN unknown
+    mask: torch.Tensor  # (1, H, W) uint8: 1 pet, 0 background, 255 unknown
 
 
 class MTLDataset(Dataset):
@@ -170,125 +145,58 @@ class MTLDataset(Dataset):
 
     Args:
         type: the split, 'train', 'val' or 'test'.
-        transform: a RandomCropFlip, or any transform of torchvision's v2: called with (Image (3, H, W), uint8, or
-            float32 in [0, 1] if stored as float; BoundingBoxes (1, 4) in pixels; Mask (1, H, W) uint8 with 255 for
-            unknown pixels), it returns the same; an unknown box or mask has 0 in place of the leading 1.
+        transform: called with what `read` returns, it returns the same, at any size; a RandomCropFlip, for instance.
             Normalisation comes after it.
         root: the folder with train/, val/ and test/.
         label: 'breed' (breeds.h5), 'species' (binary.h5) or 'auto': the breed if there is a breeds.h5.
         jitter: strength of `colour_jitter` after the transform, in [0, 1).
-        cutmix: share of the images that a batch mixes, in [0, 1]: CutMix (Yun et al., ICCV 2019) pastes a rectangle of
-            one into another. Images with neither mask nor box are mixed with one another, and if under half of the
-            images have masks, so are masked ones, with their masks: few are soon known by heart. Labels of a batch are
-            then shares of the classes, (N, n_classes) float32, all 0 where unknown; mixed images have no box.
 
     Attributes:
         folder: Path of the split.
-        class_names: list of str, the name of each label.
-        class_species: list of 'cat', 'dog' or None, the species of each label.
-        labels: (N,) int64 array, -1 unknown.
-        bboxes: (N, 4) float32 array in pixels of the stored images, NaN unknown.
-        image_size: (height, width) of the stored images.
-        preparation: str that all files of one preparation share, None for files made elsewhere.
-        labelled: {'class', 'mask', 'box': (N,) bool array, whether the sample has it}.
+        split: the `support.splits.Split` in it: class names, labels, boxes and which of them are known.
 
     Raises InputError for files that are missing, damaged, replaced by others or do not belong together. Each
     process opens the files once, on the first read, so a dataset can be pickled, forked and spawned. In the
     meantime the files may be replaced by ones of the same preparation, as data_rechunk.py does.
     """
 
-    def __init__(self, type='train', transform=None, root='datasets/data_new', label='auto', jitter=0, cutmix=0):
+    def __init__(self, type='train', transform=None, root='datasets/data_new', label='auto', jitter=0):
         if label not in ('auto', 'breed', 'species'):
             raise ValueError(f"label is '{label}'; expected 'auto', 'breed' or 'species'")
         self.folder = Path(root) / type
-        self.transform, self.jitter, self.cutmix = transform, jitter, cutmix
+        self.transform, self.jitter = transform, jitter
+        self.split = read_split(self.folder, label)
         self._readers, self._pid = {}, None
-        split = open_split(self.folder, label)
-        self.image_size, self.preparation, self._fingerprints = split[:3]
-        self.class_names, self.class_species = split.class_names, split.class_species
-        self.labels, self.bboxes = split.labels, split.bboxes
-        self.labelled = {'class': split.labels >= 0, 'mask': split.has_mask, 'box': ~np.isnan(split.bboxes).any(axis=1)}
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.split.labels)
 
     def __getitem__(self, index):
         if not isinstance(index, list):
             position = range(len(self))[index]  # also a negative one; raises IndexError
             return Sample(*(field[0] for field in self[[position]]))
-        if self.transform is None:
-            images, boxes, masks = self._read_batch(index)
-        elif isinstance(self.transform, RandomCropFlip):
-            images, boxes, masks = self.transform(*self._read_batch(index), self.labelled['mask'][index])
-        else:
-            images, boxes, masks = self._transform_each(index)
+        images, boxes, masks = self.read(index)
+        if self.transform is not None:
+            images, boxes, masks = self.transform(images, boxes, masks)
         if self.jitter:
-            images = colour_jitter(v2.functional.to_dtype(images, torch.float32, scale=True), self.jitter)
-        labels = torch.from_numpy(self.labels[index])
-        if self.cutmix:
-            images, boxes, labels, masks = self._mix(images, boxes, labels, masks, index)
-        return Sample(
-            image=normalise(images),
-            bbox=self._relative(boxes, *images.shape[-2:]),
-            label=labels,
-            mask=masks.float().masked_fill_(masks == MASK_UNKNOWN, torch.nan),
-        )
+            images = colour_jitter(images, self.jitter)
+        labels = torch.from_numpy(self.split.labels[index])
+        return Sample(normalise(images), self._relative(boxes, *images.shape[-2:]), labels, masks)
 
-    def _read_batch(self, indices):
+    def read(self, indices):
         """As stored: images (N, 3, H, W), uint8 or float32 in [0, 1], boxes (N, 4) float32 in pixels and uint8
         masks (N, 1, H, W)."""
         reader = self._reader('images')
         images = np.empty((len(indices), *reader.shape), reader.dtype)
-        masks = np.full((len(indices), *self.image_size, 1), MASK_UNKNOWN, np.uint8)
+        masks = np.full((len(indices), *self.split.image_size, 1), MASK_UNKNOWN, np.uint8)
         for row, index in enumerate(indices):
             reader.read(index, images[row])
-            if self.labelled['mask'][index]:
+            if self.split.known['mask'][index]:
                 self._reader('masks').read(index, masks[row])
-        images, masks = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in (images, masks))
+        images, masks = (torch.from_numpy(pixels).permute(0, 3, 1, 2) for pixels in (images, masks))
         if images.is_floating_point():
             images /= 255  # stored as 0-255 whatever the type; torchvision's floats are 0-1
-        return images, torch.from_numpy(self.bboxes[indices]), masks
-
-    def _mix(self, images, boxes, labels, masks, indices):
-        """CutMix; the labels as shares."""
-        n_classes = len(self.class_names)
-        shares = F.one_hot(labels.clamp(min=0), n_classes).float() * (labels >= 0)[:, None]
-        mask, label, box = (self.labelled[task][indices] for task in ('mask', 'class', 'box'))
-        rare = 2 * self.labelled['mask'].sum() < len(self)
-        for group in mask & label & rare, ~mask & label & ~box:
-            chosen = torch.nonzero(torch.from_numpy(group) & (torch.rand(len(labels)) < self.cutmix))[:, 0]
-            if len(chosen) > 1:
-                cut, others = v2.CutMix(num_classes=n_classes).make_params([images]), chosen.roll(1)
-                left, top, right, bottom = cut['box']
-                for each in images, masks:
-                    each[chosen, :, top:bottom, left:right] = each[others, :, top:bottom, left:right]
-                shares[chosen] = cut['lam_adjusted'] * shares[chosen] + (1 - cut['lam_adjusted']) * shares[others]
-                boxes[chosen] = torch.nan
-        return images, boxes, shares, masks
-
-    def _transform_each(self, indices):
-        """The same after a transform of v2 on each sample."""
-        samples = []
-        for index in indices:
-            image, bbox, mask = self._read_batch([index])
-            known = {task: int(self.labelled[task][index]) for task in ('box', 'mask')}
-            samples.append(
-                self.transform(
-                    tv_tensors.Image(image[0]),
-                    tv_tensors.BoundingBoxes(
-                        bbox[: known['box']], format='XYXY', canvas_size=self.image_size, clamping_mode=None
-                    ),
-                    Mask(mask[0, : known['mask']]),
-                )
-            )
-        images, boxes, masks = ([part.as_subclass(torch.Tensor) for part in each] for each in zip(*samples))
-        images = torch.stack(images)
-        all_boxes = torch.full((len(samples), 4), torch.nan)
-        all_masks = torch.full((len(samples), 1, *images.shape[-2:]), MASK_UNKNOWN, dtype=torch.uint8)
-        for row, (bbox, mask) in enumerate(zip(boxes, masks)):
-            all_boxes[row : row + len(bbox)] = bbox
-            all_masks[row, : len(mask)] = mask
-        return images, all_boxes, all_masks
+        return images, torch.from_numpy(self.split.bboxes[indices]), masks
 
     def _relative(self, boxes, height, width):
         """(N, 4) in pixels -> (N, 4) in [0, 1]; NaN where unknown or where augmentation left too little."""
@@ -299,8 +207,8 @@ class MTLDataset(Dataset):
         return visible
 
     def with_labels(self, tasks):
-        """Indices (list of int) of the samples that have a label for at least one of `tasks`."""
-        return np.flatnonzero(np.any([self.labelled[task] for task in tasks], axis=0)).tolist()
+        """Indices (list of int) of the samples whose label is known for at least one of `tasks`."""
+        return np.flatnonzero(np.any([self.split.known[task] for task in tasks], axis=0)).tolist()
 
     def __getstate__(self):
         return {**self.__dict__, '_readers': {}, '_pid': None}
@@ -312,7 +220,7 @@ class MTLDataset(Dataset):
             path = self.folder / f'{stem}.h5'
             try:
                 reader = SampleReader(path)
-                same = fingerprint(reader.dataset) == self._fingerprints[stem]
+                same = fingerprint(reader.dataset) == self.split.fingerprints[stem]
             except H5_ERRORS:
                 same = False
             if not same:
@@ -324,39 +232,42 @@ class MTLDataset(Dataset):
 # ---- the splits of a run
 
 
-def load_splits(root, tasks, limit=None):
-    """{split: Subset of its MTLDataset with the samples that have a label for at least one of `tasks`}.
+def load_splits(root, tasks, limit=None, masks=None):
+    """{split: Subset of its MTLDataset with the samples whose label is known for at least one of `tasks`}.
 
-    With `limit`, at most that many samples of each split. Raises InputError for splits that cannot be used
-    together.
+    With `limit`, at most that many samples of each split. With `masks`, only that many masks of the training split
+    count as known, the same ones each time. Raises InputError for splits that cannot be used together.
     """
     datasets = {split: MTLDataset(split, root=root) for split in SPLITS}
     for what in 'class_names', 'image_size', 'preparation':  # otherwise an image could be in two of the splits
-        if len({str(getattr(dataset, what)) for dataset in datasets.values()}) > 1:
+        if len({str(getattr(dataset.split, what)) for dataset in datasets.values()}) > 1:
             raise InputError(f'{root}: the splits do not belong together, their {what} differs; prepare them again')
-    height, width = datasets['train'].image_size
+    height, width = datasets['train'].split.image_size
     if not is_image_size(height, width):
         raise InputError(
             f'{root}: images of {width} x {height} pixels; the networks take multiples of 16 from 64 to {LARGEST_SIDE}'
         )
+    if masks is not None:
+        known = datasets['train'].split.known['mask']
+        known[np.random.default_rng(0).permutation(np.flatnonzero(known))[masks:]] = False
     subsets = {split: Subset(each, limited(each.with_labels(tasks), limit)) for split, each in datasets.items()}
     if not len(subsets['train']):
         raise InputError(f'{datasets["train"].folder}: no sample has a label for {" or ".join(tasks)}')
     return subsets
 
 
-def count_labels(subset):
+def count_known(subset):
     """{'images', 'mask', 'class', 'box': number of samples of the Subset that have it}."""
-    labelled = subset.dataset.labelled
-    return {'images': len(subset), **{task: int(known[subset.indices].sum()) for task, known in labelled.items()}}
+    known = subset.dataset.split.known
+    return {'images': len(subset), **{task: int(rows[subset.indices].sum()) for task, rows in known.items()}}
 
 
 def image_names(subset):
     """For each sample of a Subset: the image's name, its number if the split has no names.h5, and its class or ''."""
     dataset = subset.dataset
     names = read_names(dataset.folder, len(dataset)) or range(len(dataset))
-    labels = [dataset.labels[index] for index in subset.indices]
-    classes = ['' if label < 0 else dataset.class_names[label] for label in labels]
+    labels = [dataset.split.labels[index] for index in subset.indices]
+    classes = ['' if label < 0 else dataset.split.class_names[label] for label in labels]
     return [names[index] for index in subset.indices], classes
 
 
@@ -371,19 +282,6 @@ def training_size(epoch, epochs, image_size, sizes):
     """
     scale = next(scale for end, scale in sizes if (epoch - 1) / epochs < end)
     return tuple(max(64, int(side * scale) // 16 * 16) for side in image_size)
-
-
-def epoch_positions(subset, repeats):
-    """The positions in the Subset that an epoch draws from, (M,) int64.
-
-    If under 1 in `repeats` of the images has a mask, masked images are oversampled by that factor; otherwise most of
-    the time would go to images that teach the decoder little.
-    """
-    positions = torch.arange(len(subset))
-    has_mask = torch.from_numpy(subset.dataset.labelled['mask'][subset.indices])
-    if 0 < repeats * has_mask.sum() < len(subset):
-        positions = torch.cat([positions, positions[has_mask].repeat(repeats - 1)])
-    return positions
 
 
 def split_batches(order, batch_size):
@@ -424,27 +322,17 @@ class EpochBatches(Dataset):
         """The samples of batch `number`, as indices in the split's files."""
         return [self.subset.indices[position] for position in self.batches[number]]
 
-    def loader(self, start, workers, device):
-        """A DataLoader of the batches from `start` on."""
-        return DataLoader(
-            self,
-            batch_size=None,
-            sampler=range(start, len(self)),
-            num_workers=workers,
-            worker_init_fn=ignore_signals,
-            pin_memory=device.type == 'cuda',
-        )
 
-
-def draw_epoch(subset, repeats, batch_size, seed, epoch):
-    """The EpochBatches of all samples of a Subset, shuffled; `repeats` as for `epoch_positions`.
+def draw_epoch(subset, batch_size, seed, epoch, steps=None):
+    """The EpochBatches of all samples of a Subset, shuffled; with `steps`, that many batches of repeated shuffles.
 
     Raises InputError for batches with fewer images than ranks.
     """
     seed_everything(seed, epoch)
-    positions = epoch_positions(subset, repeats)
-    batches = split_batches(positions[torch.randperm(len(positions))], batch_size)
-    smallest = len(positions) // len(batches)
+    count = steps * batch_size if steps else len(subset)
+    shuffles = [torch.randperm(len(subset)) for _ in range(math.ceil(count / len(subset)))]
+    batches = split_batches(torch.cat(shuffles)[:count], batch_size)
+    smallest = count // len(batches)
     if smallest < get_world_size():
         raise InputError(
             f'batches of {smallest} images cannot be shared by {get_world_size()} processes; '
@@ -453,13 +341,51 @@ def draw_epoch(subset, repeats, batch_size, seed, epoch):
     return EpochBatches(subset, batches, seed, epoch)
 
 
+# ---- loading
+
+
+def training_loader(batches, start, workers, device):
+    """A DataLoader of EpochBatches from batch `start` on."""
+    return make_loader(batches, range(start, len(batches)), workers, pin_memory=device.type == 'cuda')
+
+
 def evaluation_loader(dataset, batch_size, workers):
     """A DataLoader of this rank's share of an MTLDataset or a Subset of one, in order."""
-    batches = [batch for batch in split_batches(range(len(dataset)), batch_size) if batch]
-    return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers, worker_init_fn=ignore_signals)
+    return make_loader(dataset, [batch for batch in split_batches(range(len(dataset)), batch_size) if batch], workers)
+
+
+def make_loader(dataset, sampler, workers, **options):
+    """A DataLoader of the items that `sampler` names, each of them a batch."""
+    return DataLoader(
+        dataset, batch_size=None, sampler=sampler, num_workers=workers, worker_init_fn=init_worker, **options
+    )
+
+
+def init_worker(_):
+    """What a loading process does first."""
+    ignore_signals()
+    # A batch that does not fit into shared memory would be lost, and awaited for ever; now its process ends.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 
 def iter_loader(loader):
     """`iter(loader)`; signals do not reach its workers before they ignore them."""
     with signals_blocked():
         return iter(loader)
+
+
+@contextmanager
+def worker_errors():
+    """Within it, the end of a loading process, and any error in one, is an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # also raised in the middle of a step, by the DataLoader's signal handler
+        if 'DataLoader worker' not in str(error):
+            raise
+        what = str(error).strip().splitlines()[-1]
+        raise InputError(
+            f'a process that loads data failed ({what:.200}); --workers 0 loads without such processes, '
+            'which need memory and shared memory (/dev/shm)'
+        ) from None

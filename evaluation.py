@@ -1,7 +1,7 @@
 """How good a network is: its metrics on a split, averaged over flips, and those of a constant prediction.
 
 from evaluation import evaluate
-evaluate(load_model('mtl_model.pt'), MTLDataset('test'), torch.device('cpu'))  # {'dice': 0.9, ...}
+evaluate(load_model(), MTLDataset('test'), torch.device('cpu'))  # {'dice': 0.9, ...}
 """
 
 import math
@@ -13,13 +13,7 @@ from torch import nn
 from dataloader_mtl import Sample, evaluation_loader, iter_loader
 from models import FlipAveraged, Outputs
 from support.distributed import all_gather
-from utils import METRICS, TASKS, MeanLosses, bootstrap_interval, mask_known, task_losses
-
-
-def forward(model, batch):
-    """The Outputs for a batch, and the batch, both with masks only for the images that have one."""
-    has_mask = mask_known(batch.mask)
-    return model(batch.image, decode=has_mask), batch._replace(mask=batch.mask[has_mask])
+from utils import METRICS, TASKS, MeanLosses, bootstrap_interval, task_losses
 
 
 def to_device(batch, device):
@@ -41,14 +35,15 @@ def score(model, dataset, device, batch_size=32, workers=0, bfloat16=False, befo
     for positions, batch in zip(loader.sampler, iter_loader(loader)):
         before_batch()
         known = {name: task.known(getattr(batch, task.field)).numpy() for name, task in TASKS.items()}
+        batch = to_device(batch, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            outputs, batch = forward(model, to_device(batch, device))
+            outputs = model(batch.image)
         for name, metric in METRICS.items():
             field = TASKS[metric.task].field
             prediction = getattr(outputs, field)
             if prediction is not None:
-                labelled = np.array(positions)[known[metric.task]]
-                values[name][labelled] = metric.function(prediction, getattr(batch, field), reduction='none').cpu()
+                rows = np.array(positions)[known[metric.task]]
+                values[name][rows] = metric.function(prediction, getattr(batch, field), reduction='none').cpu()
         losses.add(task_losses(outputs, batch))
         seen += len(positions)
     model.train(was_training)
@@ -60,7 +55,7 @@ def score(model, dataset, device, batch_size=32, workers=0, bfloat16=False, befo
 def evaluate(model, dataset, device, **options):
     """The means of `score`, which takes the same arguments: {metric or 'loss_<task>': float}.
 
-    Without tasks that the network does not have or that no sample has a label for.
+    Without tasks that the network does not have or of which no label is known.
     """
     values, losses = score(model, dataset, device, **options)
     known = {name: each[~np.isnan(each)] for name, each in values.items()}
@@ -84,9 +79,9 @@ class ConstantNet(nn.Module):
         self.register_buffer('label', labels[labels >= 0].bincount(minlength=n_classes).float())
         self.register_buffer('bbox', bboxes.nanmean(dim=0).nan_to_num(0.5))
 
-    def forward(self, x, decode=None):
-        count = len(x) if decode is None else int(decode.sum())
-        return Outputs(self.label.expand(len(x), -1), x.new_ones(count, 1, *x.shape[-2:]), self.bbox.expand(len(x), 4))
+    def forward(self, x):
+        mask = x.new_ones(len(x), 1, *x.shape[-2:])
+        return Outputs(self.label.expand(len(x), -1), mask, self.bbox.expand(len(x), 4))
 
 
 def run_test(model, splits, device, **options):
@@ -96,8 +91,9 @@ def run_test(model, splits, device, **options):
     second are the metrics of `model` for each sample.
     """
     train = splits['train']
-    labels, boxes = (torch.as_tensor(each[train.indices]) for each in (train.dataset.labels, train.dataset.bboxes))
-    boxes = boxes / torch.tensor(train.dataset.image_size[::-1] * 2)
+    split = train.dataset.split
+    labels, boxes = (torch.as_tensor(values[train.indices]) for values in (split.labels, split.bboxes))
+    boxes = boxes / torch.tensor(split.image_size[::-1] * 2)
     networks = model, FlipAveraged(model), ConstantNet(labels, boxes, len(model.class_names)).to(device)
     scores = [score(each, splits['test'], device, **options)[0] for each in networks]
     summary = {}

@@ -1,10 +1,10 @@
-"""A U-Net with a shared encoder, the study's or one of timm: mask decoder, class head and box head, put together.
+"""A U-Net with a shared encoder, our own or one of timm: mask decoder, class head and box head, put together.
 
     MTLNet       mask, class and box
     UNet         mask                    (the single-task baseline)
     AblatedNet   mask and class
     AblatedNet2  mask and box
-    ClassNet, BoxNet, ClassBoxNet   class, box, class and box   (of study.py)
+    ClassNet, BoxNet, ClassBoxNet   class, box, class and box   (of study/)
 
 Every network takes float images (N, c_in, H, W) whose sides are multiples of 16 from 64 to 4,096, and
 returns `Outputs`. Shapes are written (N, C, H, W); /k stands for a side divided by k, rounded up.
@@ -14,6 +14,7 @@ and a pet's outline is smooth enough for its logits to be interpolated.
 """
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,21 +28,18 @@ from support.hdf5 import LARGEST_SIDE, is_image_size
 from support.splits import SPECIES
 from support.timm_models import create_features
 
-CHANNELS = (32, 64, 128, 256, 256)  # of the study's encoder at /2, /4, /8, /16 and /32
+MODEL = str(Path(__file__).with_name('mtl_model.pt'))  # what train_mtl.py writes and mtl_vis.py reads
+CHANNELS = (32, 64, 128, 256, 256)  # of our own encoder at /2, /4, /8, /16 and /32
 # Of the mask decoder at /2, /4, /8 and /16 with an encoder of timm, whose own channels may be 16 or 2048.
 TIMM_WIDTHS = (32, 48, 64, 128)
 
 
 class Outputs(NamedTuple):
-    """What a network returns; None for a task that it does not have, and for the mask if no image is decoded."""
+    """What a network returns; None for a task that it does not have."""
 
     label: torch.Tensor | None  # (N, n_classes) class logits
-    mask: torch.Tensor | None  # (K, c_out_seg, H, W) mask logits; K is N, or the number of decoded images
+    mask: torch.Tensor | None  # (N, c_out_seg, H, W) mask logits
     bbox: torch.Tensor | None  # (N, 4) xmin, ymin, xmax, ymax in [0, 1], xmin <= xmax, ymin <= ymax
-
-
-# For torch.export.save, which has no public way to it.
-torch.utils._pytree._register_namedtuple(Outputs, serialized_type_name='segmentation_mtl.Outputs')
 
 
 def conv_bn_relu(c_in, c_out, kernel=3, stride=1):
@@ -104,10 +102,9 @@ class TimmEncoder(nn.Module):
         own_mean, own_std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
         self.register_buffer('scale', own_std / std)
         self.register_buffer('offset', (own_mean - mean) / std)
-        for module in self.features.modules():
+        for name, module in list(self.features.named_modules()):
             if isinstance(module, nn.Conv2d) and is_slow_in_bfloat16(module):
-                kind = type(module)  # the parameters keep timm's names
-                module.__class__ = type(f'Float32{kind.__name__}', (Float32, kind), {})
+                self.features.set_submodule(name, Float32(module))
 
     def freeze_shallow(self):
         """Freeze the layers that lead to the features at /4, their BatchNorm statistics too.
@@ -137,14 +134,36 @@ def is_slow_in_bfloat16(conv):
     return conv.groups == conv.in_channels > 1 and (max(conv.kernel_size) > 3 or max(conv.stride) > 1)
 
 
-class Float32:
-    """A convolution that computes in float32 on a CPU, also under autocast; to mix into its class."""
+class Float32(nn.Module):
+    """A convolution that computes in float32 on a CPU, also under autocast.
+
+    In a state dict its parameters have the names that they have without it.
+    """
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+        self.register_state_dict_post_hook(leave_out_conv)
+        self.register_load_state_dict_pre_hook(put_in_conv)
 
     def forward(self, x):
         if x.device.type != 'cpu' or not torch.is_autocast_enabled('cpu'):
-            return super().forward(x)
+            return self.conv(x)
         with torch.autocast('cpu', enabled=False):
-            return super().forward(x.float()).to(x.dtype)
+            return self.conv(x.float()).to(x.dtype)
+
+
+def leave_out_conv(module, state_dict, prefix, *_):
+    """Rename `prefix`conv.NAME to `prefix`NAME in a state dict that is being made."""
+    for name in module.conv.state_dict():
+        state_dict[prefix + name] = state_dict.pop(f'{prefix}conv.{name}')
+
+
+def put_in_conv(module, state_dict, prefix, *_):
+    """The inverse of `leave_out_conv`, in a state dict that is being loaded."""
+    for name in module.conv.state_dict():
+        if prefix + name in state_dict:
+            state_dict[f'{prefix}conv.{name}'] = state_dict.pop(prefix + name)
 
 
 class MaskDecoder(nn.Module):
@@ -214,14 +233,6 @@ class BoxHead(nn.Module):
         return torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1).clamp(0, 1)
 
 
-def select_rows(x, chosen):
-    """x[chosen] for x (N, C, H, W), channels_last, and a bool tensor (N,); its gradient is channels_last, too.
-
-    The gradient of x[chosen] is NCHW, and operations on mixed memory formats are up to twenty times slower.
-    """
-    return x.permute(0, 2, 3, 1)[chosen].permute(0, 3, 1, 2)
-
-
 class SharedEncoderNet(nn.Module):
     """One encoder, and a decoder or head for each of `tasks`, out of 'mask', 'class' and 'box'.
 
@@ -229,13 +240,11 @@ class SharedEncoderNet(nn.Module):
         c_in: channels of the images.
         c_out_seg: channels of the mask logits.
         n_classes: number of class logits; unused without the task 'class'.
-        encoder: 'unet', the study's, or the name of a timm model (`TimmEncoder`; c_in must be 3).
+        encoder: 'unet', our own, or the name of a timm model (`TimmEncoder`; c_in must be 3).
         encoder_weights: of a timm model: 'imagenet', 'none' or a file (`create_features`).
 
-    `forward(x)` takes float images (N, c_in, H, W) and returns Outputs. With `decode`, a bool tensor (N,), only
-    the K images where it is true go through the decoder: in training, images without a mask skip it. Raises
-    ValueError for sides that are not multiples of 16 from 64 to 4,096. Under torch.jit.trace it returns a tuple of what
-    there is instead.
+    `forward(x)` takes float images (N, c_in, H, W) and returns Outputs. Raises ValueError for sides that are not
+    multiples of 16 from 64 to 4,096.
     """
 
     tasks = ()
@@ -250,24 +259,18 @@ class SharedEncoderNet(nn.Module):
         self.class_head = ClassHead(channels, n_classes) if 'class' in self.tasks else None
         self.box_head = BoxHead(channels) if 'box' in self.tasks else None
 
-    def forward(self, x, decode=None):
+    def forward(self, x):
         size = x.shape[-2:]
         if not is_image_size(*size):
             raise ValueError(
                 f'images of {size[0]} x {size[1]}; sides must be multiples of 16 from 64 to {LARGEST_SIDE}'
             )
         features = self.encoder(x)
-        label = mask = bbox = None
-        if self.class_head is not None:
-            label = self.class_head(features)
-        if self.box_head is not None:
-            bbox = self.box_head(features)
-        if self.decoder is not None and (decode is None or decode.any()):
-            chosen = features if decode is None else [select_rows(level, decode) for level in features]
-            mask = self.decoder(chosen, size)
-        if torch.jit.is_tracing():  # which takes no None
-            return tuple(output for output in (label, mask, bbox) if output is not None)
-        return Outputs(label, mask, bbox)
+        return Outputs(
+            label=None if self.class_head is None else self.class_head(features),
+            mask=None if self.decoder is None else self.decoder(features, size),
+            bbox=None if self.box_head is None else self.box_head(features),
+        )
 
 
 class MTLNet(SharedEncoderNet):
@@ -277,7 +280,7 @@ class MTLNet(SharedEncoderNet):
 
 
 class UNet(SharedEncoderNet):
-    """The mask alone: the baseline."""
+    """Only the mask: the baseline."""
 
     tasks = ('mask',)
 
@@ -295,13 +298,13 @@ class AblatedNet2(SharedEncoderNet):
 
 
 class ClassNet(SharedEncoderNet):
-    """The class alone."""
+    """Only the class."""
 
     tasks = ('class',)
 
 
 class BoxNet(SharedEncoderNet):
-    """The box alone."""
+    """Only the box."""
 
     tasks = ('box',)
 
@@ -320,10 +323,10 @@ class FlipAveraged(nn.Module):
         self.model = model
         self.train(model.training)
 
-    def forward(self, x, decode=None):
+    def forward(self, x):
         """As SharedEncoderNet.forward, with logits of the mean probabilities."""
-        label, mask, bbox = self.model(x, decode)
-        mirrored = self.model(x.flip(-1), decode)
+        label, mask, bbox = self.model(x)
+        mirrored = self.model(x.flip(-1))
         if label is not None:
             label = torch.logaddexp(label.log_softmax(dim=1), mirrored.label.log_softmax(dim=1)) - math.log(2)
         if mask is not None:
@@ -344,7 +347,7 @@ NETWORKS = {
 
 def model_content(model, class_names, class_species, image_size):
     """What a model file holds: all that rebuilds the model for prediction, the weights as a copy."""
-    parameters = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
     return {
         'format': MODEL_FORMAT,
         'network': type(model).__name__,
@@ -354,13 +357,13 @@ def model_content(model, class_names, class_species, image_size):
         'image_size': list(image_size),
         # Weights of convolutions and linear layers as float16, which halves the file; the rest as it is.
         'weights': {
-            name: tensor.half() if name in parameters and tensor.ndim > 1 else tensor.clone()
+            name: tensor.half() if name not in buffers and tensor.ndim > 1 else tensor.clone()
             for name, tensor in model.state_dict().items()
         },
     }
 
 
-def load_model(path='mtl_model.pt', device='cpu'):
+def load_model(path=MODEL, device='cpu'):
     """The trained network of a model file, in evaluation mode.
 
     It has the attributes `class_names` (list of str), `class_species` (list of 'cat', 'dog' or None) and `image_size`
@@ -374,7 +377,7 @@ def load_model(path='mtl_model.pt', device='cpu'):
             raise ValueError('another network')
         if not are_names(class_names):
             raise ValueError('its class names are not a list of printable names')
-        if [species in (*SPECIES, None) for species in class_species] != [True] * len(class_names):
+        if len(class_species) != len(class_names) or not all(each in (*SPECIES, None) for each in class_species):
             raise ValueError('its species are not one for each class')
         if not isinstance(size, list) or [type(side) for side in size] != [int, int] or not is_image_size(*size):
             raise ValueError('its image size is not one that the networks take')

@@ -8,6 +8,7 @@ Trains the full network once for each weighting, segmentation-class-box in per c
 finished weightings are only tested again and an unfinished one is resumed.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import engine
@@ -42,7 +43,6 @@ def main(argv=None):
     parser.add_argument('--only', choices=NAMES, metavar='NAME', help=f'one of {", ".join(NAMES)}')
     args = parser.parse_args(argv)
     root, rows = Path(args.out), {}
-    args.resume = args.resume and 'auto'  # some may be finished, others not begun
     names = (args.only,) if args.only else NAMES
     held = [root / name for name in names if (root / name / 'last.pt').exists()]
     if held and not args.resume and not args.only:  # a later --resume would mix runs of different options
@@ -50,13 +50,15 @@ def main(argv=None):
             f'{held[0]}: holds a run; --resume tests finished ones again and continues with the rest; '
             'to start again, remove it or give another --out'
         )
-    with process_group(args.device):
+    config = engine.Config.from_args(args)
+    if args.resume:
+        config = replace(config, resume='auto')  # some may be finished, others not begun
+    with process_group(config.device):
         for name in names:
             print_once(f'---- {name}')
-            args.out = root / name
-            rows[name] = engine.train(MTLNet, weighting(name), args)
-    if is_main_process():
-        print_table(rows)
+            rows[name] = engine.train(MTLNet, weighting(name), replace(config, out=str(root / name)))
+        if is_main_process():
+            print_table(rows)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,8 @@
-"""How weights change: Muon or AdamW, the cycle of the learning rate, and the moving average that is evaluated."""
+"""How the weights change: Muon or AdamW, the learning rate of each step, and the moving average that is evaluated."""
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-WEIGHT_DECAY = 0.05
 MOMENTUM = 0.95  # of Muon
 # Of the polynomial a x + b x^3 + c x^5 on the singular values, and how often it is applied (Jordan et al. 2024, who
 # apply it three to five times).
@@ -36,7 +35,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     Muon (Jordan et al. 2024) orthogonalises the momentum of a weight (c_out, c_in, h, w) as a matrix of c_out rows.
     Its steps have about the root mean square of AdamW's at the same learning rate (Liu et al. 2025).
-    torch.optim.Muon takes matrices alone, and computes in bfloat16 whatever the CPU.
+    torch.optim.Muon takes only matrices, and computes in bfloat16 whatever the CPU.
     """
 
     @torch.no_grad()
@@ -61,20 +60,20 @@ class MuonAdamW(torch.optim.AdamW):
         super().step()
 
 
-def make_optimizer(model, weighting, lr, encoder_lr, muon=True):
+def make_optimizer(model, weighting, lr, encoder_lr, weight_decay, muon=True):
     """AdamW, and with `muon` Muon for the hidden convolutions.
 
-    Weight decay is on the weights of convolutions and linear layers alone.
+    The first parameter group is at `lr`, the last at `encoder_lr`. Weight decay is only on the weights of convolutions
+    and linear layers.
     """
     groups = []
-    encoder, others = list(model.encoder.parameters()), list(weighting.parameters())
-    others += [p for name, p in model.named_parameters() if not name.startswith('encoder.')]
-    for parameters, rate in (encoder, encoder_lr), (others, lr):
+    others = [p for name, p in model.named_parameters() if not name.startswith('encoder.')] + [*weighting.parameters()]
+    for parameters, rate in (others, lr), (list(model.encoder.parameters()), encoder_lr):
         hidden = [p for p in parameters if muon and is_hidden_convolution(p)]
         known = set(map(id, hidden))
         for by_muon, decay, chosen in (
-            (True, WEIGHT_DECAY, hidden),
-            (False, WEIGHT_DECAY, [p for p in parameters if id(p) not in known and p.ndim > 1]),
+            (True, weight_decay, hidden),
+            (False, weight_decay, [p for p in parameters if id(p) not in known and p.ndim > 1]),
             (False, 0, [p for p in parameters if p.ndim <= 1]),
         ):
             if chosen:
@@ -83,15 +82,14 @@ def make_optimizer(model, weighting, lr, encoder_lr, muon=True):
 
 
 def is_hidden_convolution(parameter):
-    """Whether it is a convolution's weight, but not of a last layer or a depthwise one."""
+    """Whether it is the weight of a convolution that is neither a last layer nor depthwise."""
     return parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) >= 32
 
 
 def make_schedule(optimizer, total_steps):
-    """The learning rate of each step: in straight lines from a 25th of the optimiser's to all of it and to almost zero.
+    """The learning rate of each step: linear, from a 25th of the optimiser's up to it and down to almost zero.
 
-    Smith and Topin 2018; after a cosine, the last epochs would teach nothing. The first of Adam's betas moves from
-    0.95 to 0.85 and back meanwhile.
+    One cycle (Smith and Topin 2018). The first of Adam's betas moves from 0.95 to 0.85 and back meanwhile.
     """
     rates = [group['lr'] for group in optimizer.param_groups]
     steps = max(6, total_steps + 1)  # and the one after the last; OneCycleLR divides by zero for 5
@@ -100,12 +98,12 @@ def make_schedule(optimizer, total_steps):
     )
 
 
-def make_average(model, total_steps):
-    """The moving average of the weights over about the last twentieth of the run, which is what is evaluated.
+def make_average(model, total_steps, share):
+    """The moving average of the weights over about the last `share` of the run, which is what is evaluated.
 
     Early on it averages over the last ninth of the steps done, so that the random initial weights leave it soon.
     """
-    decay = max(0, min(0.999, 1 - 20 / total_steps))
+    decay = max(0, min(0.999, 1 - 1 / (share * total_steps)))
 
     def update(averaged, current, count):
         get_ema_multi_avg_fn(min(decay, float((1 + count) / (10 + count))))(averaged, current, count)

@@ -22,7 +22,7 @@ def main(argv=None):
     if args.out == parser.get_default('out'):
         args.out = f'runs/without_{args.without}'
     network = NETWORKS[args.without]
-    engine.train(network, WeightedLoss.equal(network.tasks), args)
+    engine.train(network, WeightedLoss.equal(network.tasks), engine.Config.from_args(args))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Train the single-task baseline: the same U-Net, the mask alone.
+"""Train the single-task baseline: the same U-Net, only for the mask.
 
     python train_baseline.py
 
@@ -14,7 +14,7 @@ from utils import WeightedLoss
 
 def main(argv=None):
     args = engine.training_parser(__doc__, out='runs/baseline').parse_args(argv)
-    engine.train(UNet, WeightedLoss.equal(UNet.tasks), args)
+    engine.train(UNet, WeightedLoss.equal(UNet.tasks), engine.Config.from_args(args))
 
 
 if __name__ == '__main__':

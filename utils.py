@@ -1,9 +1,9 @@
 """Losses, task weightings and metrics, and the tables `TASKS` and `METRICS` that name them.
 
 Shapes and types are those of a `Sample` of `MTLDataset` and of `models.Outputs`: mask logits and masks
-(N, 1, H, W), class logits (N, n_classes) and labels (N,), boxes (N, 4) in [0, 1]. Unknown is NaN in a mask
-or a box and -1 as a label. Every loss and metric is a mean over the samples that have the label, and zero
-for a batch without labels.
+(N, 1, H, W), class logits (N, n_classes) and labels (N,), boxes (N, 4) in [0, 1]. Unknown is 255 in a mask,
+NaN in a box and -1 as a label. Every loss and metric is a mean over the samples whose label is known, and zero for a
+batch without labels.
 """
 
 from collections import Counter
@@ -17,16 +17,17 @@ from torch import nn
 from torchvision import ops
 
 from support.distributed import all_gather
+from support.hdf5 import MASK_UNKNOWN
 
 
 def mask_known(mask):
-    """(N, 1, H, W) -> (N,) bool: whether any pixel of the mask is known."""
-    return ~mask.isnan().flatten(1).all(dim=1)
+    """(N, 1, H, W) uint8 -> (N,) bool: whether any pixel of the mask is known."""
+    return (mask != MASK_UNKNOWN).flatten(1).any(dim=1)
 
 
 def label_known(label):
-    """(N,), or shares of the classes (N, n_classes) -> (N,) bool."""
-    return label.sum(dim=1) > 0 if label.ndim == 2 else label >= 0
+    """(N,) -> (N,) bool."""
+    return label >= 0
 
 
 def box_known(bbox):
@@ -35,7 +36,7 @@ def box_known(bbox):
 
 
 def reduce(values, reduction):
-    """(K,) values of the samples that have the label -> their mean, or zero for K = 0; 'none': `values`."""
+    """(K,) values of the samples whose label is known -> their mean, or zero for K = 0; 'none': `values`."""
     if reduction == 'none':
         return values
     return values.mean() if len(values) else values.sum()  # the sum of nothing is attached to the graph
@@ -53,9 +54,8 @@ class DiceLoss(nn.Module):
 
     def forward(self, mask_logits, mask):
         rows = mask_known(mask)
-        probability, target = mask_logits[rows].float().sigmoid().flatten(1), mask[rows].flatten(1)
-        known = ~target.isnan()
-        probability, target = probability * known, target.nan_to_num(0)
+        logits, mask = mask_logits[rows].float().flatten(1), mask[rows].flatten(1)
+        probability, target = logits.sigmoid() * (mask != MASK_UNKNOWN), mask == 1
         overlap = (probability * target).sum(dim=1)
         total = probability.sum(dim=1) + target.sum(dim=1)
         return reduce(1 - (2 * overlap + 1) / (total + 1), 'mean')
@@ -71,14 +71,14 @@ class MaskLoss(nn.Module):
     def forward(self, mask_logits, mask):
         rows = mask_known(mask)
         logits, target = mask_logits[rows].float().flatten(1), mask[rows].flatten(1)
-        known = ~target.isnan()
-        entropy = F.binary_cross_entropy_with_logits(logits, target.nan_to_num(0), reduction='none')
+        known = target != MASK_UNKNOWN
+        entropy = F.binary_cross_entropy_with_logits(logits, (target == 1).float(), reduction='none')
         entropy = (entropy * known).sum(dim=1) / known.sum(dim=1)
         return self.dice(mask_logits, mask) + reduce(entropy, 'mean')
 
 
 class ClassLoss(nn.Module):
-    """Cross-entropy with label smoothing (Szegedy et al., CVPR 2016), of labels or shares of the classes."""
+    """Cross-entropy with label smoothing (Szegedy et al., CVPR 2016)."""
 
     def __init__(self, smoothing=0.1):
         super().__init__()
@@ -95,8 +95,8 @@ class ClassLoss(nn.Module):
 class BoxLoss(nn.Module):
     """Mean absolute difference of the coordinates plus 1 - GIoU (Rezatofighi et al., CVPR 2019).
 
-    The L1 term alone, as in the study, is about 0.1 from the first step and hardly rewards a tighter box.
-    GIoU is close to the metric and has a gradient for boxes that do not overlap, too.
+    L1 only, as in the original, is about 0.1 from the first step and hardly rewards a tighter box. GIoU is close to the
+    metric and has a gradient for boxes that do not overlap, too.
     """
 
     def forward(self, bbox, target):
@@ -118,7 +118,7 @@ class WeightedLoss(nn.Module):
 
     @classmethod
     def equal(cls, tasks):
-        """1 / T for each of T tasks, as in the study."""
+        """1 / T for each of T tasks, as in the original."""
         return cls({task: 1 / len(tasks) for task in tasks})
 
     def forward(self, losses):
@@ -131,8 +131,8 @@ class UncertaintyLoss(nn.Module):
     With a parameter s = log sigma^2 for each task, which starts at zero:
         classification (mask and class)  exp(-s) L + s / 2        (their eq. 10)
         regression (box)                 exp(-s) L / 2 + s / 2    (their eq. 5 and 7)
-    The box loss is not a squared error, as their regression is; the study and most users of the method keep
-    the form. A task without labels in a batch is left out together with its s, which would otherwise sink.
+    The box loss is not a squared error, as their regression is; most users of the method keep the form. A task
+    without labels in a batch is left out together with its s, which would otherwise sink.
     The parameters must be given to the optimiser, as `engine.Run` does.
     """
 
@@ -148,7 +148,7 @@ class UncertaintyLoss(nn.Module):
         return total
 
 
-# ---- metrics: reduction='none' gives the value of each sample that has the label
+# ---- metrics: reduction='none' gives the value of each sample whose label is known
 
 
 def overlap(mask_logits, mask):
@@ -158,7 +158,7 @@ def overlap(mask_logits, mask):
     """
     rows = mask_known(mask)
     target = mask[rows].flatten(1)
-    predicted = (mask_logits[rows].flatten(1) > 0) & ~target.isnan()
+    predicted = (mask_logits[rows].flatten(1) > 0) & (target != MASK_UNKNOWN)
     true = target == 1
     counts = (predicted & true, predicted, true)
     return tuple(count.sum(dim=1).double() for count in counts)
@@ -206,12 +206,12 @@ def bootstrap_interval(values, draws=10_000, seed=0):
 class Task(NamedTuple):
     field: str  # of models.Outputs, the prediction, and of dataloader_mtl.Sample, the target
     loss: Callable  # (prediction, target) -> scalar
-    known: Callable  # target -> (N,) bool, which samples have the label
+    known: Callable  # target -> (N,) bool, for which samples the label is known
     regression: bool = False  # for UncertaintyLoss
 
 
 class Metric(NamedTuple):
-    printed: str  # the study's name where it has one
+    printed: str  # the original's name where it has one
     task: str
     function: Callable  # (prediction, target, reduction) -> scalar, or a value for each sample
 
@@ -236,18 +236,17 @@ PRINTED = {name: metric.printed for name, metric in METRICS.items()}
 
 
 def task_losses(outputs, batch):
-    """{task: (loss, number of labelled samples)} for the network's tasks with labels in this batch."""
+    """{task: (loss, number of known labels)} for the network's tasks; the loss of no labels is zero."""
     losses = {}
     for name, task in TASKS.items():
         prediction, target = getattr(outputs, task.field), getattr(batch, task.field)
-        count = int(task.known(target).sum())
-        if prediction is not None and count:
-            losses[name] = task.loss(prediction, target), count
+        if prediction is not None:
+            losses[name] = task.loss(prediction, target), int(task.known(target).sum())
     return losses
 
 
 class MeanLosses:
-    """The mean of each task's loss over the samples that have its label, whatever the batch sizes."""
+    """The mean of each task's loss over the samples whose label is known, whatever the batch sizes."""
 
     def __init__(self, sums=(), counts=()):
         self.sums, self.counts = Counter(sums), Counter(counts)

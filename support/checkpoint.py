@@ -15,7 +15,7 @@ from support.files import replacing, require_file, sync, write_file
 
 # The number rises when files that were written before can no longer be read.
 MODEL_FORMAT = 'segmentation-mtl model 3'  # best.pt, mtl_model.pt
-TRAINING_FORMAT = 'segmentation-mtl training 6'  # last.pt
+TRAINING_FORMAT = 'segmentation-mtl training 7'  # last.pt
 
 
 def save_checkpoint(path, content):
@@ -24,7 +24,7 @@ def save_checkpoint(path, content):
 
 
 def save_last(folder, content):
-    """Write last.pt, and remove the metrics.json of a finished run, which this one then is not any more."""
+    """Write last.pt, and remove the metrics.json of an earlier run, so that the folder holds an unfinished one."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with replacing(folder / 'last.pt') as part:

@@ -7,12 +7,15 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
 # What asks a script to stop. The terminal sends SIGHUP when its window is closed.
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+# Seconds. The terminal and torchrun, or timeout twice, pass one request on: what comes so soon is no second one.
+ECHO = 0.5
 
 
 class InputError(Exception):
@@ -71,9 +74,9 @@ def set_stop_handler(handler):
 
 
 class StopRequest:
-    """Within its `with` block, a signal only sets a flag, so that a step or a write is finished first.
+    """Within its `with` block, the first signal only sets a flag, so that a step or a write is finished first.
 
-    Call `check` where the script may stop; the end of the block checks, too.
+    Call `check` where the script may stop; the end of the block checks, too. A second signal ends the process at once.
     """
 
     def __init__(self):
@@ -90,7 +93,12 @@ class StopRequest:
             self.check()
 
     def _set(self, number, frame):
-        self.number = self.number or number
+        if self.number:
+            return
+        self.number = number
+        time.sleep(ECHO)
+        for each in self.handlers:
+            signal.signal(each, signal.SIG_DFL)  # of the system, which also ends a process that hangs in a library
 
     def check(self):
         """Raises Stopped if a signal has come."""

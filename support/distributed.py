@@ -1,30 +1,32 @@
-"""Data-parallel training: `torchrun --nproc-per-node N train_mtl.py`. Without torchrun, one process.
+"""Data-parallel training: `torchrun --nproc-per-node N train_mtl.py`. Without a launcher, one process.
 
-How a batch is shared by the ranks: `dataloader_mtl.split_batches`. How their losses are averaged:
-`engine.Objective`.
+How a batch is shared by the ranks: `dataloader_mtl.split_batches`. How their losses are averaged: `engine.Objective`.
 """
 
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
 
 from support.cli import InputError, reason
 
+RENDEZVOUS = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # without one of them, there is no group to join
+
 
 @contextmanager
 def process_group(device_name):
-    """Join the processes that torchrun started, if it did and this one has not joined yet."""
-    if 'RANK' not in os.environ or dist.is_initialized():
+    """Join the processes that torchrun or another launcher started, if this one has not joined yet."""
+    if dist.is_initialized() or not all(name in os.environ for name in RENDEZVOUS):
         yield
         return
     cuda = device_name != 'cpu' and torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        rank = int(os.environ['RANK'])
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', rank % torch.cuda.device_count())))
     else:  # torchrun asks for a single thread, however many cores there are
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ['LOCAL_WORLD_SIZE'])))
+        torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', os.environ['WORLD_SIZE']))))
     dist.init_process_group('nccl' if cuda else 'gloo')
     try:
         yield
@@ -34,12 +36,12 @@ def process_group(device_name):
 
 def get_rank():
     """The number of this process, from 0."""
-    return int(os.environ.get('RANK', 0))
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def get_world_size():
     """The number of processes."""
-    return int(os.environ.get('WORLD_SIZE', 1))
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main_process():
@@ -62,15 +64,27 @@ def all_gather(value):
     return values
 
 
-def on_main_process(action):
-    """`action()` on rank 0; every process gets its value, or its InputError or OSError."""
+def on_main_process(function, *args):
+    """`function(*args)` on rank 0; every process gets its value, or its InputError or OSError."""
     value = error = None
     if is_main_process():
         try:
-            value = action()
+            value = function(*args)
         except (InputError, OSError) as raised:
             error = raised
     value, message = all_gather((value, error and (str(error) or reason(error))))[0]
     if message:
         raise error or InputError(message)
     return value
+
+
+@contextmanager
+def held_by_main_process(context):
+    """Rank 0 holds a context manager, such as a lock; every process gets the error of entering it."""
+
+    def enter():
+        stack.enter_context(context)
+
+    with ExitStack() as stack:
+        on_main_process(enter)
+        yield

@@ -5,7 +5,10 @@ import gzip
 import io
 import json
 import math
+import os
 import platform
+import subprocess
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -45,6 +48,16 @@ def print_test(title, test, printed):
         print(f'  {printed[name]}: {mean}; flips {flips}; {constant}; {values["images"]} images')
 
 
+def read_commit():
+    """The commit of this code, ending in -dirty where files differ from it; None outside a git repository."""
+    command = 'git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return done.stdout.strip() or None
+
+
 def write_metrics(metrics, path):
     """Write a dict, with the versions and the machine, as JSON; returns what was written."""
     metrics = metrics | {
@@ -57,8 +70,9 @@ def write_metrics(metrics, path):
             'threads': torch.get_num_threads(),
         },
     }
-    write_file(path, lambda file: file.write(f'{json.dumps(metrics, indent=2)}\n'.encode()))
-    return metrics
+    text = json.dumps(metrics, indent=2)
+    write_file(path, lambda file: file.write(f'{text}\n'.encode()))
+    return json.loads(text)
 
 
 def write_csv(columns, rows, path):
@@ -88,12 +102,18 @@ def write_scores(scores, names, classes, path):
     write_csv(columns, [dict(zip(columns, row)) for row in zip(names, classes, *texts)], path)
 
 
+def new_figure(**options):
+    """A matplotlib Figure, which needs no display; `options` are those of Figure."""
+    os.environ['MPLBACKEND'] = 'agg'  # a notebook names a backend of its own, which a script cannot import
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
 def draw_curves(history, printed, path):
     """A PNG of the losses and of the validation metrics against the epochs; `printed` as in `print_test`."""
-    from matplotlib.figure import Figure  # a Figure of its own needs no display and no global state
-
     epochs = [row['epoch'] for row in history]
-    figure = Figure(figsize=(10, 4), layout='constrained')
+    figure = new_figure(figsize=(10, 4), layout='constrained')
     left, right = figure.subplots(1, 2)
     for axes, title in (left, 'Loss'), (right, 'Validation'):
         axes.set(title=title, xlabel='epoch')

@@ -19,6 +19,7 @@ import data_rechunk
 import engine
 import models
 from dataloader_mtl import MTLDataset
+from support import cli
 from support.checkpoint import save_checkpoint
 from support.cli import STOP_SIGNALS, run_script
 from support.hdf5 import SPLITS
@@ -27,6 +28,7 @@ from utils import WeightedLoss
 ROOT = Path(__file__).resolve().parent.parent
 os.environ['PYTHONPATH'] = str(ROOT)  # for the tests that start another interpreter
 torch.set_num_threads(1)  # faster for tiny networks
+cli.ECHO = 0.05
 CHANNELS = models.CHANNELS
 
 
@@ -73,7 +75,7 @@ def training_options(data, out, *more):
 def train(data, out, *more, network=models.MTLNet, weighting=None):
     """Train, with the shared data in three steps an epoch; returns the content of metrics.json."""
     args = engine.training_parser('', out='').parse_args(training_options(data, out, *more))
-    return engine.train(network, weighting or WeightedLoss.equal(network.tasks), args)
+    return engine.train(network, weighting or WeightedLoss.equal(network.tasks), engine.Config.from_args(args))
 
 
 def read_folder(folder):
@@ -229,9 +231,9 @@ def model_path(shared_data, tmp_path_factory):
     """The model file of an MTLNet that has learned nothing."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp('model') / 'mtl_model.pt'
-    dataset = MTLDataset('test', root=shared_data)
-    model = models.MTLNet(n_classes=len(dataset.class_names))
-    content = models.model_content(model, dataset.class_names, dataset.class_species, dataset.image_size)
+    split = MTLDataset('test', root=shared_data).split
+    model = models.MTLNet(n_classes=len(split.class_names))
+    content = models.model_content(model, split.class_names, split.class_species, split.image_size)
     save_checkpoint(path, content)
     return path
 

@@ -1,5 +1,6 @@
 """How a script ends: errors, signals."""
 
+import os
 import signal
 
 import pytest
@@ -34,6 +35,17 @@ def test_a_stop_request_waits_for_the_next_check_or_the_end_of_the_block():
     with pytest.raises(Stopped):
         with StopRequest():
             signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_process_that_hangs(tmp_path, number):
+    def hang(_):
+        with StopRequest():
+            os.kill(os.getpid(), number)  # returns when the handler is done
+            os.kill(os.getpid(), number)
+            signal.pause()
+
+    assert run_in_child(hang, [], tmp_path / 'log.txt') == -number
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

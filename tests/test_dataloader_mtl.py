@@ -8,27 +8,29 @@ import h5py
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import same_bits
 from torch.utils.data import DataLoader, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data_rechunk
-import synthetic_pets
+import dataloader_mtl
 from dataloader_mtl import (
     MEAN,
     STD,
-    Mask,
     MTLDataset,
     RandomCropFlip,
     colour_jitter,
-    epoch_positions,
+    count_known,
+    draw_epoch,
+    load_splits,
     normalise,
     split_batches,
     training_size,
 )
+from support import synthetic_pets
 from support.cli import InputError
-from support.hdf5 import SPLITS, create_h5, read_text
+from support.hdf5 import SPLITS, read_text
 
 pytestmark = pytest.mark.usefixtures('rechunk_in_this_process')
 
@@ -56,16 +58,19 @@ def test_a_sample_is_image_box_label_and_mask(shared_data):
     np.testing.assert_allclose(bbox, stored['bboxes'] / 64, atol=1e-6)
     assert label == stored['breeds'] and label.dtype == torch.int64 and label.ndim == 0
     np.testing.assert_array_equal(mask[0], stored['masks'][..., 0])
-    assert [t.dtype for t in (image, bbox, mask)] == [torch.float32] * 3
+    assert [t.dtype for t in (image, bbox, mask)] == [torch.float32, torch.float32, torch.uint8]
     assert [type(t) for t in (image, bbox, label, mask)] == [torch.Tensor] * 4
-    assert len(dataset) == 36 and dataset.image_size == (64, 64)
+    assert len(dataset) == 36 and dataset.split.image_size == (64, 64)
+    images, bboxes, masks = dataset.read([3])
+    assert np.array_equal(images[0].permute(1, 2, 0), stored['images']) and images.dtype == torch.uint8
+    assert np.array_equal(bboxes[0], stored['bboxes']) and torch.equal(masks[0], mask)
 
 
-def test_missing_box_and_mask_are_nan_and_missing_label_is_minus_one(data):
+def test_unknown_mask_is_255_unknown_box_nan_and_unknown_label_minus_one(data):
     masks, boxes, breeds = (table(data, 'train', stem) for stem in ('masks', 'bboxes', 'breeds'))
     masks[0], boxes[0], breeds[0] = 255, np.nan, -1
     masks[1, :5] = 255
-    names = MTLDataset('train', root=data).class_names
+    names = MTLDataset('train', root=data).split.class_names
     for stem, values in ('masks', masks), ('bboxes', boxes):
         change(data, stem, values)
     change(data, 'breeds', breeds, class_names=names)
@@ -73,37 +78,37 @@ def test_missing_box_and_mask_are_nan_and_missing_label_is_minus_one(data):
         change(data, stem, table(data, 'train', stem))
     dataset = MTLDataset('train', root=data)
     _, bbox, label, mask = dataset[0]
-    assert bbox.isnan().all() and label == -1 and mask.isnan().all()
+    assert bbox.isnan().all() and label == -1 and (mask == 255).all()
     partly = dataset[1][3][0]
-    assert partly[:5].isnan().all() and not partly[5:].isnan().any()
-    assert [bool(dataset.labelled[task][0]) for task in ('mask', 'class', 'box')] == [False] * 3
+    assert (partly[:5] == 255).all() and (partly[5:] <= 1).all()
+    assert [bool(dataset.split.known[task][0]) for task in ('mask', 'class', 'box')] == [False] * 3
     assert dataset.with_labels(['mask', 'box']) == list(range(1, 36))
 
 
 def test_species_of_a_class_is_that_of_all_its_samples(data):
-    dataset = MTLDataset('train', root=data)
-    assert dataset.class_species == [('cat', 'dog')[breed.species] for breed in synthetic_pets.BREEDS]
-    assert MTLDataset('train', root=data, label='species').class_species == ['cat', 'dog']
+    split = MTLDataset('train', root=data).split
+    assert split.class_species == [('cat', 'dog')[breed.species] for breed in synthetic_pets.BREEDS]
+    assert MTLDataset('train', root=data, label='species').split.class_species == ['cat', 'dog']
     species, breeds = table(data, 'train', 'binary'), table(data, 'train', 'breeds')
     first, second = np.flatnonzero(breeds == 0), np.flatnonzero(breeds == 1)
     species[first[0]] = 1 - species[first[0]]
     breeds[second] = -1
     change(data, 'binary', species)
-    change(data, 'breeds', breeds, class_names=dataset.class_names)
+    change(data, 'breeds', breeds, class_names=split.class_names)
     for stem in 'images', 'masks', 'bboxes':
         change(data, stem, table(data, 'train', stem))
-    changed = MTLDataset('train', root=data).class_species
-    assert changed[:2] == [None, None] and changed[2:] == dataset.class_species[2:]
+    changed = MTLDataset('train', root=data).split.class_species
+    assert changed[:2] == [None, None] and changed[2:] == split.class_species[2:]
 
 
 def test_the_label_is_the_breed_where_there_is_one_and_the_species_elsewhere(data, original_files):
-    assert len(MTLDataset('train', root=data).class_names) == 8
+    assert len(MTLDataset('train', root=data).split.class_names) == 8
     species = MTLDataset('train', root=data, label='species')
-    assert species.class_names == ['cat', 'dog']
+    assert species.split.class_names == ['cat', 'dog']
     assert [int(species[i][2]) for i in range(36)] == table(data, 'train', 'binary')[:, 0].tolist()
     root = original_files()
     data_rechunk.rechunk(root)
-    assert MTLDataset('train', root=root).class_names == ['cat', 'dog']
+    assert MTLDataset('train', root=root).split.class_names == ['cat', 'dog']
     with pytest.raises(InputError, match='breeds.h5: no such file'):
         MTLDataset('train', root=root, label='breed')
 
@@ -239,16 +244,22 @@ def test_a_dataset_in_use_can_be_pickled(shared_data):
 
 # ---- augmentation
 
-FLIP, CROP = v2.RandomHorizontalFlip(), v2.RandomResizedCrop((48, 64), scale=(0.4, 1.0), ratio=(0.8, 1.25))
-TRANSFORMS = {
-    'RandomCropFlip': RandomCropFlip(48, 64),
-    'v2, flip and crop': v2.Compose([FLIP, CROP]),
-    'v2, crop and flip': v2.Compose([CROP, FLIP]),
-    'v2, crop, then resize': v2.Compose([v2.RandomCrop(56), FLIP, v2.Resize((48, 64))]),
-}
+
+class CropOfTorchvision:
+    """A transform of v2 for each image, as a user of torchvision would write it."""
+
+    crop = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomResizedCrop((48, 64), (0.4, 1.0), (0.8, 1.25))])
+
+    def __call__(self, images, boxes, masks):
+        rows = []
+        for image, box, mask in zip(images, boxes, masks):
+            box = tv_tensors.BoundingBoxes(box[None], format='XYXY', canvas_size=image.shape[1:], clamping_mode=None)
+            rows.append(self.crop(tv_tensors.Image(image), box, tv_tensors.Mask(mask)))
+        images, boxes, masks = (torch.stack([part.as_subclass(torch.Tensor) for part in parts]) for parts in zip(*rows))
+        return images, boxes[:, 0], masks
 
 
-@pytest.fixture(params=TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.fixture(params=[RandomCropFlip(48, 64), CropOfTorchvision()], ids=['RandomCropFlip', 'v2'])
 def transform(request):
     torch.manual_seed(0)
     return request.param
@@ -267,11 +278,12 @@ def drawn(data):
     return draw
 
 
-def test_mask_and_box_move_with_the_image(drawn, transform):
+def test_mask_and_box_move_with_the_image(drawn):
     """A picture of a rectangle that is its own mask and box: they agree afterwards."""
+    torch.manual_seed(0)
     mask = np.zeros((64, 64), 'uint8')
     mask[18:40, 20:50] = 1
-    dataset = MTLDataset('train', transform, root=drawn(20 + 200 * mask, mask, (20, 18, 50, 40)))
+    dataset = MTLDataset('train', RandomCropFlip(48, 64), root=drawn(20 + 200 * mask, mask, (20, 18, 50, 40)))
     images, boxes, _, masks = dataset[list(range(36))]
     assert images.shape == (36, 3, 48, 64) and masks.shape == (36, 1, 48, 64)
     known = 0
@@ -286,11 +298,12 @@ def test_mask_and_box_move_with_the_image(drawn, transform):
     assert known > 18 and boxes[~boxes.isnan().any(dim=1)].std(dim=0).min() > 0.03  # and they do move
 
 
-def test_mask_lies_where_the_image_does_to_a_tenth_of_a_pixel(drawn, transform):
+def test_mask_lies_where_the_image_does_to_a_tenth_of_a_pixel(drawn):
     """A mask resized with the mode 'nearest' lies half a pixel beside the image, to the lower right."""
+    torch.manual_seed(0)
     ys, xs = np.mgrid[:64, :64] + 0.5
     disc = ((ys - 32) ** 2 + (xs - 32) ** 2 < 13**2).astype('uint8')
-    dataset = MTLDataset('train', transform, root=drawn(200 * disc, disc, (19, 19, 45, 45)))
+    dataset = MTLDataset('train', RandomCropFlip(48, 64), root=drawn(200 * disc, disc, (19, 19, 45, 45)))
     batches = [dataset[list(range(36))] for _ in range(2)]
     images, masks = (torch.cat([getattr(batch, field) for batch in batches]) for field in ('image', 'mask'))
     grey = images.mean(dim=1)
@@ -319,14 +332,13 @@ def test_random_crop_flip_is_that_of_torchvision_bit_for_bit(size, dtype, layout
     images = v2.functional.to_dtype(images, dtype, scale=True)
     masks = torch.randint(0, 2, (12, 1, 60, 90), dtype=torch.uint8)
     masks[1, :, :30], masks[5] = 255, 255
-    has_mask = torch.arange(12) != 5
     boxes = torch.rand(12, 4).view(12, 2, 2).sort(dim=1)[0].flatten(1) * torch.tensor([90, 60, 90, 60])
     boxes[7] = torch.nan
     transform = RandomCropFlip(*size)
     crops, flips = transform.draw(12, 60, 90)
     crops[0], crops[1] = torch.tensor([[0, 0, 60, 90], [5, 0, 1, 90]])
     assert flips.any() and not flips.all()
-    found = transform.apply(images, boxes, masks, has_mask.numpy(), crops, flips)
+    found = transform.apply(images, boxes, masks, crops, flips)
     for row, (crop, flip) in enumerate(zip(crops.tolist(), flips)):
         parts = (
             tv_tensors.Image(images[row]),
@@ -343,12 +355,6 @@ def test_random_crop_flip_is_that_of_torchvision_bit_for_bit(size, dtype, layout
         )
         assert found[2].dtype == torch.uint8 and torch.equal(found[2][row], mask)
     assert found[1][7].isnan().all() and not found[1][:7].isnan().any() and (found[2][5] == 255).all()
-
-
-def test_masks_that_are_not_known_are_not_read():
-    images, masks = torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.ones(2, 1, 64, 64, dtype=torch.uint8)
-    found = RandomCropFlip(64, 64)(images, torch.zeros(2, 4), masks, [True, False])[2]
-    assert (found[0] == 1).all() and (found[1] == 255).all()
 
 
 @pytest.mark.parametrize('image_size', [(64, 64), (256, 192), (100, 300), (300, 80)])
@@ -393,7 +399,7 @@ def test_equal_seeds_draw_equal_batches(shared_data):
         torch.manual_seed(seed)
         batches.append(dataset[[0, 1, 2, 3]])
     first, again, other = batches
-    assert all(torch.equal(one.nan_to_num(-1), two.nan_to_num(-1)) for one, two in zip(first, again))
+    assert same_bits([part.nan_to_num(-1) for part in first], [part.nan_to_num(-1) for part in again])
     assert not torch.equal(first.image, other.image)
 
 
@@ -407,11 +413,7 @@ class Crop(RandomCropFlip):
     def draw(self, count, height, width):
         return torch.tensor([self.crop] * count), torch.zeros(count, dtype=torch.bool)
 
-    def of_v2(self, *parts):
-        return [v2.functional.resized_crop(part, *self.crop, self.size) for part in parts]
 
-
-@pytest.mark.parametrize('as_v2', [False, True])
 @pytest.mark.parametrize(
     'left, expected',
     [
@@ -423,10 +425,10 @@ class Crop(RandomCropFlip):
         (0, None),
     ],
 )
-def test_box_of_which_a_crop_leaves_too_little_is_dropped_and_others_end_at_its_border(drawn, as_v2, left, expected):
+def test_box_of_which_a_crop_leaves_too_little_is_dropped_and_others_end_at_its_border(drawn, left, expected):
     root = drawn(np.zeros((64, 64)), np.zeros((64, 64)), (20, 16, 50, 32))
     crop = Crop(0, left, 64, 40 if left + 40 <= 64 else 64 - left)
-    bbox = MTLDataset('train', crop.of_v2 if as_v2 else crop, root=root)[0][1]
+    bbox = MTLDataset('train', crop, root=root)[0][1]
     if expected is None:
         assert bbox.isnan().all()
     else:
@@ -449,24 +451,8 @@ def test_unknown_masks_and_boxes_stay_unknown_in_any_transform(data, transform):
             file[stem][...] = values
     data_rechunk.rechunk_file(data / 'train' / 'masks.h5', force=True)
     _, boxes, _, masks = MTLDataset('train', transform, root=data)[[0, 1, 2, 3]]
-    assert masks.isnan().flatten(1).all(dim=1).tolist() == [False, True, False, True]
-    assert ((masks[0] == 0) | (masks[0] == 1)).all() and boxes[2].isnan().all()
-
-
-def test_mask_is_resized_as_the_image_for_all_sizes_that_torchvision_takes():
-    image, mask = tv_tensors.Image(torch.zeros(3, 40, 60)), Mask(torch.ones(1, 40, 60, dtype=torch.uint8))
-    for resize in v2.Resize(64), v2.Resize([64]), v2.Resize((32, 48)), v2.Resize(None, max_size=80), v2.Resize(40):
-        resized = resize(image, mask)
-        assert resized[1].shape[1:] == resized[0].shape[1:] and type(resized[1]) is Mask
-    assert type(v2.functional.rotate(mask, 30)) is Mask  # what is not resized, torchvision does as ever
-
-
-def test_a_box_that_leaves_the_picture_becomes_unknown(shared_data):
-    def shift(image, boxes, mask):
-        return image, tv_tensors.wrap(boxes + 64, like=boxes), mask
-
-    bbox = MTLDataset('train', shift, root=shared_data)[0][1]
-    assert bbox.shape == (4,) and bbox.isnan().all()
+    assert (masks == 255).flatten(1).all(dim=1).tolist() == [False, True, False, True]
+    assert (masks[0] <= 1).all() and boxes[2].isnan().all()
 
 
 # ---- batches and pixels
@@ -504,7 +490,7 @@ def test_an_index_counts_from_the_end_or_is_refused(shared_data):
         dataset[len(dataset)]
 
 
-def test_colour_jitter_is_that_of_torchvision_for_each_image_alone():
+def test_colour_jitter_is_that_of_torchvision_for_each_image():
     torch.manual_seed(0)
     images = torch.rand(4, 3, 8, 10) * 0.3 + 0.3  # far from the ends, where torchvision cuts off
     torch.manual_seed(1)
@@ -542,13 +528,7 @@ def test_breeds_whose_names_cannot_be_printed_are_refused(data, name):
         file['breeds'].attrs.create('class_names', [name] * count, dtype=h5py.string_dtype())
     with pytest.raises(InputError, match="breeds.h5: no attribute 'class_names' with the breeds' names, each of 1 to"):
         MTLDataset('train', root=data)
-    assert MTLDataset('train', root=data, label='species').class_names == ['cat', 'dog']
-
-
-def test_missing_chunked_dataset_asks_to_run_data_rechunk(original_files):
-    root = original_files()
-    with pytest.raises(InputError, match="no 'chunked_images'; run python data_rechunk.py --data"):
-        MTLDataset('train', root=root)
+    assert MTLDataset('train', root=data, label='species').split.class_names == ['cat', 'dog']
 
 
 def test_a_missing_split_is_named(shared_data):
@@ -571,15 +551,6 @@ def test_masks_of_another_size_are_refused(data):
 def test_files_of_two_preparations_are_refused(data):
     change(data, 'bboxes', table(data, 'train', 'bboxes'), preparation='another')
     with pytest.raises(InputError, match='preparations differ'):
-        MTLDataset('train', root=data)
-
-
-def test_image_type_that_rechunking_never_leaves_is_refused(data):
-    path = data / 'train' / 'images.h5'
-    values = table(data, 'train', 'images').astype('int16')
-    with create_h5(path) as file:
-        file['chunked_images'] = file.create_dataset('images', data=values, chunks=(1, *values.shape[1:]))
-    with pytest.raises(InputError, match='images.h5: int16; data_rechunk.py --force stores it as uint8'):
         MTLDataset('train', root=data)
 
 
@@ -633,7 +604,7 @@ def test_opening_reads_no_mask(data):
             file.seek(offset)
             file.write(b'damaged')
     dataset = MTLDataset('train', root=data)
-    assert np.flatnonzero(~dataset.labelled['mask']).tolist() == [3, 4]
+    assert np.flatnonzero(~dataset.split.known['mask']).tolist() == [3, 4]
     with pytest.raises(InputError, match='masks.h5: sample 0 is damaged'):
         dataset[0]
 
@@ -645,22 +616,31 @@ def test_files_rechunked_before_known_masks_were_recorded_ask_to_run_data_rechun
     with pytest.raises(InputError, match='masks.h5: not as data_rechunk.py stores it; run python data_rechunk.py'):
         MTLDataset('train', root=data)
     data_rechunk.rechunk(data)
-    assert MTLDataset('train', root=data).labelled['mask'].all()
+    assert MTLDataset('train', root=data).split.known['mask'].all()
 
 
-def test_images_scaled_to_one_are_refused(original_files):
-    root = original_files(dtype='float32')
-    change(root, 'images', table(root, 'train', 'images') / 255)
-    data_rechunk.rechunk(root)
-    with pytest.raises(InputError, match='expected as 0 to 255'):
-        MTLDataset('train', root=root)
+def test_images_without_a_label_for_the_network_are_not_used_and_masks_can_be_left_out(shared_data):
+    splits = load_splits(shared_data, ['mask'], masks=6)
+    kept = splits['train'].indices
+    assert (
+        len(kept) == 6
+        and len(splits['val']) == 12
+        and kept == load_splits(shared_data, ['mask'], masks=6)['train'].indices
+    )
+    splits = load_splits(shared_data, ['mask', 'class'], masks=6)
+    assert count_known(splits['train']) == {'images': 36, 'mask': 6, 'class': 36, 'box': 36}
+    masks = splits['train'].dataset[list(range(36))].mask
+    assert [row for row in range(36) if (masks[row] != 255).any()] == kept
 
 
-def test_images_without_a_label_for_the_network_are_not_used(data, tmp_path):
-    dataset = MTLDataset('train', root=data)
-    dataset.labelled['mask'][:30] = False
-    assert len(dataset.with_labels(['mask'])) == 6
-    assert len(dataset.with_labels(['mask', 'class', 'box'])) == 36
+def test_an_epoch_is_one_shuffle_or_as_many_batches_as_asked_for(shared_data):
+    subset = Subset(MTLDataset('train', root=shared_data), range(10))
+    once = draw_epoch(subset, 4, seed=0, epoch=1)
+    assert sorted(sum(once.batches, [])) == list(range(10)) and len(once) == 3
+    asked = draw_epoch(subset, 4, seed=0, epoch=1, steps=6)
+    counts = np.bincount(sum(asked.batches, []))
+    assert [len(batch) for batch in asked.batches] == [4] * 6 and set(counts) == {2, 3}
+    assert asked.batches != draw_epoch(subset, 4, seed=0, epoch=2, steps=6).batches
 
 
 def test_size_grows_with_the_epochs():
@@ -671,52 +651,13 @@ def test_size_grows_with_the_epochs():
     assert training_size(1, 1, (256, 256), shares) == (96, 96)
 
 
-def test_cutmix_pastes_rectangles_among_masked_images_and_among_those_with_a_class_alone(shared_data):
-    """Of ten images, four have all labels, four the class alone, one class and box, one none."""
-    torch.manual_seed(0)
-    plain, mixing = MTLDataset('train', root=shared_data), MTLDataset('train', root=shared_data, cutmix=1)
-    for dataset in plain, mixing:
-        dataset.labels[:9] = [0, 1, 2, 3, 4, 5, 6, 7, 0]
-        dataset.labels[9], dataset.labelled['class'][9] = -1, False
-        dataset.labelled['mask'][4:] = dataset.labelled['box'][4:8] = dataset.labelled['box'][9] = False
-    before, after = plain[list(range(10))], mixing[list(range(10))]
-    for rows in range(4), range(4, 8):
-        others = [rows[-1], *rows[:-1]]
-        changed = (after.image != before.image).any(dim=1)[rows]
-        share = 1 - changed.float().mean(dim=(1, 2))
-        assert 0 < share.min() and share.max() < 1
-        for row, other, pixels in zip(rows, others, changed):
-            assert torch.equal(after.image[row][:, pixels], before.image[other][:, pixels])
-            expected = torch.where(pixels, before.mask[other], before.mask[row])
-            torch.testing.assert_close(after.mask[row], expected, equal_nan=True)
-        own, other = (F.one_hot(before.label[list(each)], len(plain.class_names)) for each in (rows, others))
-        weight = after.label[rows].gather(1, before.label[rows, None])
-        torch.testing.assert_close(after.label[rows], weight * own + (1 - weight) * other)
-        assert weight[:, 0] == pytest.approx(share, abs=0.02)
-        assert after.bbox[rows].isnan().all()
-    assert torch.equal(after.image[8:], before.image[8:]) and torch.equal(after.bbox[8:], before.bbox[8:])
-    assert after.label[8].argmax() == before.label[8] and after.label[8].sum() == 1 and after.label[9].sum() == 0
-    mixing.labelled['mask'][18:] = True  # half of the masks: not rare
-    assert torch.equal(mixing[list(range(4))].image, before.image[:4])
-
-
-@pytest.mark.parametrize('masks, times', [(36, 1), (12, 1), (11, 3), (1, 3), (0, 1)])
-def test_masked_images_are_oversampled_if_masks_are_rare(shared_data, masks, times):
-    dataset = MTLDataset('train', root=shared_data)
-    dataset.labelled['mask'][masks:] = False
-    part = Subset(dataset, range(35, -1, -1))
-    positions = epoch_positions(part, repeats=3)
-    counts = torch.bincount(torch.tensor(part.indices)[positions], minlength=36)
-    assert counts.tolist() == [times] * masks + [1] * (36 - masks)
-
-
 @pytest.mark.parametrize('size', [1, 2, 3])
 @pytest.mark.parametrize('count, batch_size', [(36, 16), (37, 5), (16, 16), (7, 4)])
 def test_ranks_share_each_batch_and_give_each_sample_once(monkeypatch, size, count, batch_size):
     order, shares = torch.randperm(count), []
+    monkeypatch.setattr(dataloader_mtl, 'get_world_size', lambda: size)
     for rank in range(size):
-        monkeypatch.setenv('RANK', str(rank))
-        monkeypatch.setenv('WORLD_SIZE', str(size))
+        monkeypatch.setattr(dataloader_mtl, 'get_rank', lambda rank=rank: rank)
         shares.append(split_batches(order, batch_size))
     assert sorted(i for share in shares for batch in share for i in batch) == list(range(count))
     assert len({len(share) for share in shares}) == 1

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import engine
 import oeq_weighting
 import train_mtl
-from dataloader_mtl import Sample, load_splits
+from dataloader_mtl import Sample, load_splits, split_batches
 from models import MTLNet, load_model
 from support.checkpoint import TRAINING_FORMAT, load_checkpoint
 from support.cli import InputError
@@ -102,6 +102,25 @@ def test_ranks_share_values_and_the_errors_of_rank_0(tmp_path):
     assert first == 'once\nerror: refused by rank 0\n' and second == 'error: refused by rank 0\n'
 
 
+@pytest.mark.parametrize(
+    'environment',
+    [
+        {'WORLD_SIZE': '4', 'RANK': '1', 'LOCAL_RANK': '1'},
+        {'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '0'},
+    ],
+    ids=['of a batch system', 'of another launcher'],
+)
+def test_ranks_are_those_of_a_process_group_and_not_of_the_environment(monkeypatch, environment):
+    """SLURM and MPI set some of these names without a group to join; launchers need not set the local ones."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    threads = torch.get_num_threads()
+    with process_group('cpu'):
+        assert (get_rank(), get_world_size()) == (0, 1)
+        assert split_batches(range(4), 4) == [[0, 1, 2, 3]]
+    torch.set_num_threads(threads)
+
+
 # ---- training
 
 
@@ -117,9 +136,9 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
                 image=torch.randn(4, 3, 64, 64),
                 bbox=torch.rand(4, 4).sort()[0],
                 label=torch.tensor([0, 1, -1, 3]),
-                mask=torch.ones(4, 1, 64, 64),
+                mask=torch.ones(4, 1, 64, 64, dtype=torch.uint8),
             )
-            batch.bbox[1:], batch.mask[::2] = torch.nan, torch.nan  # rank 0 has no mask and the only box
+            batch.bbox[1:], batch.mask[::2] = torch.nan, 255  # rank 0 has no mask and the only box
             rank, size = get_rank(), get_world_size()
             module = DistributedDataParallel(objective, find_unused_parameters=True) if size > 1 else objective
             module(Sample(*(part[rank::size] for part in batch)))[0].backward()

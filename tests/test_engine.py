@@ -4,7 +4,9 @@ import csv
 import json
 import math
 import multiprocessing
+import os
 import re
+import signal
 
 import h5py
 import numpy as np
@@ -14,15 +16,17 @@ from conftest import read_checkpoints, read_folder, same_bits, train, training_o
 from PIL import Image
 
 import data_rechunk
+import dataloader_mtl
 import engine
 import evaluation
 import train_mtl
-from dataloader_mtl import MTLDataset, Sample
+from dataloader_mtl import LOADING, EpochBatches, MTLDataset, Sample
 from models import MTLNet, UNet, load_model
 from optimizers import make_optimizer
 from support.checkpoint import TRAINING_FORMAT, load_checkpoint
 from support.cli import InputError
 from support.device import seed_everything
+from support.report import read_commit
 from utils import METRICS, UncertaintyLoss, WeightedLoss
 
 CPU = torch.device('cpu')
@@ -49,11 +53,13 @@ def test_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
         assert values['interval'][0] <= values['mean'] <= values['interval'][1] and values['images'] == 12
     assert metrics['data']['test'] == {'images': 12, 'class': 12, 'mask': 12, 'box': 12}
     assert metrics['config']['seed'] == 0 and 'torch' in metrics['versions']
+    assert metrics['config']['sizes'] == [[0.3, 0.375], [0.65, 0.5], [1, 0.75]] and metrics['config']['muon'] is True
+    assert metrics['config']['commit'] == read_commit() and str(tmp_path) not in (tmp_path / 'metrics.json').read_text()
     assert Image.open(tmp_path / 'curves.png').size[0] > 600
     with open(tmp_path / 'test_scores.csv', newline='') as file:
         rows = list(csv.DictReader(file))
-    dataset = MTLDataset('test', root=shared_data)
-    assert [row['class'] for row in rows] == [dataset.class_names[label] for label in dataset.labels]
+    split = MTLDataset('test', root=shared_data).split
+    assert [row['class'] for row in rows] == [split.class_names[label] for label in split.labels]
     for name, values in metrics['test'].items():
         assert np.mean([float(row[name]) for row in rows]) == pytest.approx(values['mean'], rel=1e-5)
     printed = capsys.readouterr().out
@@ -104,7 +110,7 @@ def test_task_without_weight_gives_no_gradient(shared_data, tmp_path):
     state = load_checkpoint(tmp_path / 'last.pt', TRAINING_FORMAT)['optimizer']['state']
     model, weighting = MTLNet(n_classes=8), WeightedLoss.equal(MTLNet.tasks)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = make_optimizer(model, weighting, 1, 1).param_groups
+    groups = make_optimizer(model, weighting, 1, 1, 0.05).param_groups
     order = [names[id(parameter)] for group in groups for parameter in group['params']]
     assert sorted(order) == sorted(names.values())
     for index, name in enumerate(order):
@@ -114,12 +120,13 @@ def test_task_without_weight_gives_no_gradient(shared_data, tmp_path):
 
 @pytest.mark.parametrize('network', [MTLNet, UNet])
 def test_batch_that_lost_its_labels_in_a_crop_has_a_zero_gradient(network):
-    unknown = torch.full((1, 1, 64, 64), torch.nan)
+    unknown = torch.full((1, 1, 64, 64), 255, dtype=torch.uint8)
     batch = Sample(torch.randn(1, 3, 64, 64), torch.full((1, 4), torch.nan), torch.tensor([-1]), unknown)
     model = network()
     total, losses = engine.Objective(model, WeightedLoss.equal(network.tasks), bfloat16=False)(batch)
     total.backward()
-    assert total == 0 and losses == {} and all(p.grad.abs().max() == 0 for p in model.parameters())
+    assert total == 0 and {count for _, count in losses.values()} == {0}
+    assert all(p.grad.abs().max() == 0 for p in model.parameters())
 
 
 # ---- losses and weights that are not finite
@@ -192,6 +199,35 @@ def test_damage_found_by_a_worker_is_one_line(data, tmp_path, error_line):
         worker.kill()
     assert not workers  # Python would wait for them at the end of the script
     assert line.startswith('error: /') and 'sample 7 is damaged' in line
+
+
+def kill_worker(monkeypatch):
+    seed = EpochBatches.seed
+
+    def seed_and_kill(self, number, use):
+        if number == 1 and use == LOADING:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return seed(self, number, use)
+
+    monkeypatch.setattr(EpochBatches, 'seed', seed_and_kill)
+
+
+def fail_in_worker(monkeypatch):
+    monkeypatch.setattr(EpochBatches, '__getitem__', lambda *_: {}['no such key'])
+
+
+def send_too_much(monkeypatch):
+    """As where a batch does not fit into /dev/shm: it is made, and cannot be sent."""
+    monkeypatch.setattr(EpochBatches, '__getitem__', lambda *_: lambda: 'cannot be pickled')
+
+
+@pytest.mark.parametrize('spoil', [kill_worker, fail_in_worker, send_too_much])
+def test_end_or_error_of_a_loading_process_is_one_line_that_names_workers(
+    shared_data, tmp_path, monkeypatch, error_line, spoil
+):
+    spoil(monkeypatch)
+    line = error_line(train_mtl.main, *training_options(shared_data, tmp_path / 'run', '--workers', 1))
+    assert line.startswith('error: a process that loads data failed (') and '--workers 0' in line
 
 
 def test_splits_of_two_preparations_are_refused(data, tmp_path, error_line):
@@ -268,6 +304,6 @@ def test_option_out_of_range_is_refused(option, value, tmp_path, capsys):
 
 @pytest.mark.parametrize('processes, batch_size', [(4, 3), (17, 17)])  # 36 samples in 3 batches of 12
 def test_batch_of_fewer_samples_than_processes_is_refused(shared_data, tmp_path, monkeypatch, processes, batch_size):
-    monkeypatch.setenv('WORLD_SIZE', str(processes))
+    monkeypatch.setattr(dataloader_mtl, 'get_world_size', lambda: processes)
     with pytest.raises(InputError, match=f'cannot be shared by {processes} processes'):
         train(shared_data, tmp_path, '--batch-size', batch_size)

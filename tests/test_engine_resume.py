@@ -28,8 +28,9 @@ import evaluation
 import train_mtl
 from dataloader_mtl import MTLDataset
 from models import MTLNet
+from support import report
 from support.checkpoint import TRAINING_FORMAT, load_checkpoint
-from support.cli import InputError, Stopped
+from support.cli import InputError, Stopped, signals_blocked
 from support.files import lock_folder
 from utils import UncertaintyLoss
 
@@ -86,16 +87,15 @@ def test_resume_is_bit_exact(shared_data, tmp_path, monkeypatch):
 
 def test_signal_during_evaluation_loses_no_step(shared_data, finished_run, tmp_path, monkeypatch):
     """It ends the evaluation after the batch."""
-    evaluated, forward, loader = [], evaluation.forward, evaluation.evaluation_loader
+    evaluated, to_device, loader = [], evaluation.to_device, evaluation.evaluation_loader
 
-    def signal_in_evaluation(model, batch):
-        if not model.training:
-            evaluated.append(len(batch.image))
-            os.kill(os.getpid(), signal.SIGINT)
-        return forward(model, batch)
+    def signal_in_evaluation(batch, device):
+        evaluated.append(len(batch.image))
+        os.kill(os.getpid(), signal.SIGINT)
+        return to_device(batch, device)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, 'forward', signal_in_evaluation)
+        patch.setattr(evaluation, 'to_device', signal_in_evaluation)
         patch.setattr(evaluation, 'evaluation_loader', lambda part, size, workers: loader(part, 4, workers))
         with pytest.raises(Stopped, match='in epoch 1, after 3 steps') as stopped:
             train(shared_data, tmp_path)
@@ -105,24 +105,55 @@ def test_signal_during_evaluation_loses_no_step(shared_data, finished_run, tmp_p
 
 
 def test_signal_after_the_test_says_that_the_run_is_finished(shared_data, tmp_path, monkeypatch):
-    write = engine.write_metrics
-    monkeypatch.setattr(engine, 'write_metrics', lambda *args: signal.raise_signal(signal.SIGTERM) or write(*args))
+    write = report.write_metrics
+    monkeypatch.setattr(report, 'write_metrics', lambda *args: signal.raise_signal(signal.SIGTERM) or write(*args))
     with pytest.raises(Stopped, match='is finished, and --resume only tests it again') as stopped:
         train(shared_data, tmp_path)
     assert stopped.value.status == 143 and (tmp_path / 'metrics.json').exists()
 
 
-def test_resume_says_if_the_number_of_threads_has_changed(shared_data, finished_run, tmp_path, monkeypatch, capsys):
+def test_resume_says_if_the_number_of_threads_or_the_commit_has_changed(
+    shared_data, finished_run, tmp_path, monkeypatch, capsys
+):
     shutil.copytree(finished_run, tmp_path / 'run')
     train(shared_data, tmp_path / 'run', '--resume')
-    assert 'another number of threads' not in capsys.readouterr().out
+    assert 'the weights may differ' not in capsys.readouterr().out
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 7)
+    monkeypatch.setattr(report, 'read_commit', lambda: 'another')
     train(shared_data, tmp_path / 'run', '--resume')
-    assert 'another number of threads' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'last.pt: threads was 1 and is 7; the weights may differ' in printed
+    assert re.search('last.pt: commit was .* and is another; the weights may differ', printed)
+
+
+def test_data_and_run_may_be_moved_before_a_resume(data, finished_run, tmp_path, monkeypatch):
+    shutil.copytree(finished_run, tmp_path / 'moved')
+    monkeypatch.chdir(tmp_path)
+    train(f'./{data.name}/', 'moved', '--resume', '--workers', 1)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (('crop', (0.3, 1.0)), r'crop was \(0.3, 1.0\) and is \(0.25, 1.0\); use the same options, or another --out'),
+        (('preparation', 'x'), 'preparation was x and is [0-9a-f]+; use the same options'),
+        (
+            ('precision', 'fp8'),
+            'precision was fp8 .*; go on where the device is as fast in bfloat16 as before, or start',
+        ),
+    ],
+)
+def test_resume_of_another_recipe_data_or_precision_says_what_to_do(
+    shared_data, finished_run, tmp_path, change, message
+):
+    shutil.copytree(finished_run, tmp_path / 'run')
+    change_last(tmp_path / 'run' / 'last.pt', lambda last: last['config'].update([change]))
+    with pytest.raises(InputError, match=f'last.pt: another configuration, {message}'):
+        train(shared_data, tmp_path / 'run', '--resume')
 
 
 def test_signal_to_the_process_group_waits_for_the_step(shared_data, tmp_path):
-    """As from the terminal, timeout or a batch system: the workers get it as well."""
+    """As from the terminal, timeout or torchrun, twice at once: the workers get it as well."""
     out, step, count = tmp_path / 'run', torch.optim.AdamW.step, itertools.count(1)
 
     def signal_group(*args, **kw):
@@ -132,8 +163,9 @@ def test_signal_to_the_process_group_waits_for_the_step(shared_data, tmp_path):
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGTERM)
         elif done == 12:
-            os.killpg(0, signal.SIGTERM)
-            os.killpg(0, signal.SIGTERM)  # timeout sends it to the process and to its group
+            with signals_blocked():
+                os.killpg(0, signal.SIGINT)
+                os.killpg(0, signal.SIGTERM)
 
     def before():
         os.setsid()
@@ -141,7 +173,7 @@ def test_signal_to_the_process_group_waits_for_the_step(shared_data, tmp_path):
 
     options = training_options(shared_data, out, '--batch-size', 1, '--workers', 2, '--model', tmp_path / 'model.pt')
     status, printed = run_in_child(train_mtl.main, options, tmp_path / 'log', before), (tmp_path / 'log').read_text()
-    assert status == 143 and 'Traceback' not in printed, printed
+    assert status == 130 and 'Traceback' not in printed, printed
     assert printed.splitlines()[-1].endswith('last.pt is written; continue with the same command and --resume')
     assert load_checkpoint(out / 'last.pt', TRAINING_FORMAT)['steps'] == 12
 
@@ -202,7 +234,7 @@ def test_resume_on_other_files_made_elsewhere_is_refused(original_files, tmp_pat
 def test_resume_with_other_options_is_refused_with_the_differences(shared_data, finished_run, tmp_path):
     (tmp_path / 'last.pt').write_bytes((finished_run / 'last.pt').read_bytes())
     lr = engine.training_parser('', out='').get_default('lr')
-    message = f'another configuration, lr was {lr} and is 0.1, encoder_lr was {lr} and is 0.1; use the same options'
+    message = f'another configuration, lr was {lr} and is 0.1; use the same options, or another --out'
     with pytest.raises(InputError, match=message):
         train(shared_data, tmp_path, '--lr', '0.1', '--resume')
     with pytest.raises(InputError, match='last.pt: no such file'):
@@ -266,7 +298,7 @@ def test_kill_after_last_checkpoint_mixes_no_files_of_two_runs(shared_data, fini
     earlier = (tmp_path / 'best.pt').read_bytes()
 
     def before():
-        engine.write_epoch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        engine.write_epoch = lambda run: os.kill(os.getpid(), signal.SIGKILL)
 
     options = training_options(shared_data, tmp_path, '--model', tmp_path / 'model.pt')
     assert run_in_child(train_mtl.main, options, tmp_path.parent / 'log', before) == -signal.SIGKILL

@@ -31,10 +31,9 @@ class Oracle(torch.nn.Module):
             if torch.equal(sample.image.flip(-1), image):
                 return mirrored(*sample)
 
-    def forward(self, images, decode=None):
+    def forward(self, images):
         found = [self.find(image) for image in images]
-        label, mask, bbox = (torch.stack(parts) for parts in zip(*(self.predict(*sample) for sample in found)))
-        return Outputs(label, mask[decode] if decode.any() else None, bbox)
+        return Outputs(*(torch.stack(parts) for parts in zip(*(self.predict(*sample) for sample in found))))
 
 
 def mirrored(image, bbox, label, mask):
@@ -47,7 +46,7 @@ def perfect(image, bbox, label, mask):
 
 
 def imperfect(image, bbox, label, mask):
-    """A guess from the image alone."""
+    """A guess from the image."""
     box = torch.tensor([0.2, 0.1, 0.7, 0.6]) + image.mean() / 20
     return torch.eye(8)[int(image.std() * 100) % 8], image.mean(dim=0, keepdim=True), box
 
@@ -62,9 +61,8 @@ def test_perfect_prediction_scores_exactly_one(shared_data, batch_size):
 def test_metrics_do_not_depend_on_the_batch_size(shared_data):
     """Also with labels missing, so that batches hold different numbers of them."""
     dataset = MTLDataset('train', root=shared_data)
-    dataset.bboxes[::3] = math.nan
-    dataset.labelled['box'][::3] = False
-    dataset.labels[1::4] = -1
+    dataset.split.bboxes[::3] = math.nan
+    dataset.split.labels[1::4] = -1
     model = Oracle(dataset, imperfect)
     first, *others = (evaluation.evaluate(model, dataset, CPU, batch_size=size) for size in (1, 7, 32))
     assert 0 < first['dice'] < 1 and 0 < first['box_iou'] < 1
@@ -86,17 +84,17 @@ def test_evaluation_is_in_evaluation_mode_and_restores_the_mode(shared_data):
 def test_test_metrics_are_of_the_model_of_its_flips_and_of_a_constant_prediction(data):
     """The constant prediction: the commonest class, the mean box, pet everywhere."""
     splits = load_splits(data, MTLNet.tasks)
-    train_set, test_set = splits['train'].dataset, splits['test'].dataset
-    train_set.labels[:12], train_set.labels[12:32] = 5, -1
-    train_set.bboxes[:], train_set.bboxes[30:33] = (8, 4, 40, 20), (16, 4, 48, 20)
-    train_set.bboxes[33:] = math.nan
-    test_set.labels[:] = [5, 5, 5, 1, 2, 3, 5, -1, 4, 0, -1, -1]
-    model = Oracle(test_set, imperfect)
-    model.class_names = test_set.class_names
+    train, test = splits['train'].dataset.split, splits['test'].dataset.split
+    train.labels[:12], train.labels[12:32] = 5, -1
+    train.bboxes[:], train.bboxes[30:33] = (8, 4, 40, 20), (16, 4, 48, 20)
+    train.bboxes[33:] = math.nan
+    test.labels[:] = [5, 5, 5, 1, 2, 3, 5, -1, 4, 0, -1, -1]
+    model = Oracle(splits['test'].dataset, imperfect)
+    model.class_names = test.class_names
     found, plain = evaluation.run_test(model, splits, CPU)
     scores, _ = evaluation.score(model, splits['test'], CPU, batch_size=5)
     assert all(np.array_equal(plain[name], scores[name], equal_nan=True) for name in METRICS)
-    assert np.isnan(plain['accuracy']).tolist() == [label < 0 for label in test_set.labels]
+    assert np.isnan(plain['accuracy']).tolist() == [label < 0 for label in test.labels]
     plain = {name: values[~np.isnan(values)] for name, values in plain.items()}
     assert {name: values['images'] for name, values in found.items()} == {
         'dice': 12,
@@ -130,8 +128,9 @@ def test_test_metrics_are_of_the_model_of_its_flips_and_of_a_constant_prediction
 
 def test_tasks_without_labels_have_no_test_metrics(data):
     splits = load_splits(data, UNet.tasks)
-    splits['test'].dataset.labels[:] = -1
-    splits['test'].dataset.bboxes[:] = splits['train'].dataset.bboxes[:] = math.nan
+    train, test = splits['train'].dataset.split, splits['test'].dataset.split
+    test.labels[:] = -1
+    test.bboxes[:] = train.bboxes[:] = math.nan
     model = MTLNet(n_classes=8)
-    model.class_names = splits['test'].dataset.class_names
+    model.class_names = test.class_names
     assert evaluation.run_test(model, splits, CPU)[0].keys() == {'dice', 'mask_iou'}

@@ -1,5 +1,8 @@
 """The networks and the files that hold them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import ROOT
@@ -107,27 +110,6 @@ def test_masks_have_no_checkerboard(full_networks):
             assert (logits * pattern).mean().abs() < 0.01 * logits.std()
 
 
-def test_decoding_some_images_gives_the_same_logits_as_all():
-    model, images = MTLNet().eval(), torch.randn(4, 3, 64, 64)
-    chosen = torch.tensor([True, False, False, True])
-    some, every = model(images, decode=chosen), model(images)
-    torch.testing.assert_close(some.mask, every.mask[chosen])
-    torch.testing.assert_close(some.label, every.label)
-    assert model(images, decode=torch.zeros(4, dtype=torch.bool)).mask is None
-
-
-def test_gradient_of_selected_rows_is_channels_last():
-    """Operations on mixed memory formats are many times slower."""
-    x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
-    chosen = models.select_rows(x, torch.tensor([True, False, True, False]))
-    assert chosen.is_contiguous(memory_format=torch.channels_last)
-    layouts = []
-    product = x * 1
-    product.register_hook(lambda grad: layouts.append(grad.is_contiguous(memory_format=torch.channels_last)))
-    models.select_rows(product, torch.tensor([True, False, True, False])).sum().backward()
-    assert layouts == [True]
-
-
 def test_other_networks_have_a_subset_of_mtlnets_parameters():
     whole = dict(MTLNet().named_parameters())
     for network in UNet, AblatedNet, AblatedNet2, ClassNet, BoxNet, ClassBoxNet:
@@ -166,17 +148,15 @@ def unflip(outputs):
     return Outputs(outputs.label, mask if mask is None else mask.flip(-1), bbox)
 
 
-@pytest.mark.parametrize('decode', [None, [True, False, True], [False] * 3], ids=['all', 'some', 'none'])
 @pytest.mark.parametrize('network', NETWORKS.values())
-def test_outputs_averaged_over_flips_are_means_and_mirrored_with_the_images(network, decode):
+def test_outputs_averaged_over_flips_are_means_and_mirrored_with_the_images(network):
     torch.manual_seed(0)
     model, images = network(n_classes=4).eval(), torch.randn(3, 3, 64, 80)
-    decode = decode if decode is None else torch.tensor(decode)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)  # so that the outputs for an image and its mirror image differ
-        found, mirrored = (FlipAveraged(model)(x, decode) for x in (images, images.flip(-1)))
-        one, two = model(images, decode), unflip(model(images.flip(-1), decode))
+        found, mirrored = (FlipAveraged(model)(x) for x in (images, images.flip(-1)))
+        one, two = model(images), unflip(model(images.flip(-1)))
     for value, same in zip(found, unflip(mirrored)):
         assert value is same is None or torch.allclose(value, same, atol=1e-6)
     for value, a, b, scale in zip(found, one, two, (lambda logits: logits.softmax(dim=1), torch.sigmoid, lambda x: x)):
@@ -228,11 +208,16 @@ def test_model_file_holds_weights_in_half_precision_and_the_rest_as_it_is(tmp_pa
 
 
 @pytest.mark.parametrize('name', ['mtl_model.pt', 'mtl_model_scratch.pt'])
-def test_model_files_of_the_repository_are_read(full_networks, name):
-    model = load_model(ROOT / name)
-    images = torch.zeros(1, 3, *model.image_size)
-    assert type(model) is MTLNet and all(each.isfinite().all() for each in model(images))
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+def test_shipped_models_are_read_from_any_folder_and_can_be_copied(full_networks, monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    model = load_model() if name == 'mtl_model.pt' else load_model(ROOT / name)
+    images = torch.rand(1, 3, *model.image_size)
+    assert type(model) is MTLNet and {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    expected = model(images)
+    for again in copy.deepcopy(model), pickle.loads(pickle.dumps(model)):
+        assert all(each.isfinite().all() for each in expected)
+        assert all(torch.equal(one, two) for one, two in zip(again(images), expected))
+        assert again.class_names == model.class_names and again.state_dict().keys() == model.state_dict().keys()
 
 
 def test_model_content_keeps_its_weights_while_the_model_trains():

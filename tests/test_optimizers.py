@@ -60,7 +60,7 @@ def test_weights_without_muon_and_those_without_a_gradient_are_left_to_adamw():
 def test_encoder_has_a_learning_rate_of_its_own_and_only_weights_decay(network):
     model, weighting = network(n_classes=3), UncertaintyLoss(network.tasks)
     found = {}
-    for group in make_optimizer(model, weighting, 0.003, 0.001).param_groups:
+    for group in make_optimizer(model, weighting, 0.003, 0.001, 0.05).param_groups:
         for parameter in group['params']:
             assert id(parameter) not in found
             found[id(parameter)] = group['lr'], group['weight_decay'] > 0
@@ -73,7 +73,7 @@ def test_encoder_has_a_learning_rate_of_its_own_and_only_weights_decay(network):
 @pytest.mark.parametrize('muon', [True, False])
 def test_muon_takes_the_hidden_convolutions(full_networks, muon):
     model = MTLNet()
-    groups = make_optimizer(model, WeightedLoss.equal(model.tasks), 1, 1, muon).param_groups
+    groups = make_optimizer(model, WeightedLoss.equal(model.tasks), 1, 1, 0.05, muon).param_groups
     chosen = {id(p) for group in groups if group['muon'] for p in group['params']}
     last = 'decoder.logits.weight', 'class_head.logits.weight', 'box_head.corners.1.weight'
     hidden = {id(p) for name, p in model.named_parameters() if p.ndim > 1 and name not in last}
@@ -85,17 +85,17 @@ def test_muon_takes_the_hidden_convolutions(full_networks, muon):
 @pytest.mark.parametrize('steps', range(1, 8))
 def test_any_number_of_steps_has_a_schedule(steps):
     model = UNet()
-    optimizer = make_optimizer(model, WeightedLoss.equal(model.tasks), 0.003, 0.001)
+    optimizer = make_optimizer(model, WeightedLoss.equal(model.tasks), 0.003, 0.001, 0.05)
     schedule = make_schedule(optimizer, steps)
     for _ in range(steps):
         optimizer.step()
         schedule.step()
     first, *_, last = schedule.get_last_lr()
-    assert 0 < first <= 0.001 and last == pytest.approx(3 * first)
+    assert 0 < last <= 0.001 and first == pytest.approx(3 * last)  # the encoder's comes last
 
 
 def test_moving_average_soon_forgets_the_start_and_then_is_slow():
-    average, values = make_average(UNet(), 2000).multi_avg_fn, [torch.zeros(1)]
+    average, values = make_average(UNet(), 2000, share=0.05).multi_avg_fn, [torch.zeros(1)]
     for count in range(1, 1001):
         average(values, [torch.ones(1)], torch.tensor(count))
         if count == 20:

@@ -22,8 +22,8 @@ from support.cli import InputError
 from utils import METRICS
 
 SOURCES = {
-    path.stem if path.parent == ROOT else f'support.{path.stem}': ast.parse(path.read_text())
-    for path in sorted([*ROOT.glob('*.py'), *ROOT.glob('support/*.py')])
+    path.stem if path.parent == ROOT else f'{path.parent.name}.{path.stem}': ast.parse(path.read_text())
+    for path in sorted([*ROOT.glob('*.py'), *ROOT.glob('support/*.py'), *ROOT.glob('study/*.py')])
 }
 SCRIPTS = [name for name in SOURCES if '.' not in name]
 MAINS = (
@@ -32,23 +32,19 @@ MAINS = (
     'export_onnx',
     'mtl_vis',
     'oeq_weighting',
-    'study',
-    'synthetic_pets',
     'train_ablation',
     'train_baseline',
     'train_mtl',
 )
-# Each imports from earlier levels only, support from support only.
+# Each imports from earlier levels only, support from support only; study/ stands on top.
 LEVELS = (
-    ('synthetic_pets', 'comparison'),
-    ('data_rechunk', 'data_prepare', 'study_tables'),
+    ('data_rechunk', 'data_prepare'),
     ('dataloader_mtl', 'utils', 'optimizers'),
     ('models',),
     ('evaluation', 'prediction'),
     ('engine',),
     ('train_mtl', 'train_baseline', 'train_ablation', 'mtl_vis', 'export_onnx'),
     ('oeq_weighting',),
-    ('study',),
 )
 QUICK = ('--epochs', 1, '--limit-batches', 1)
 
@@ -71,16 +67,16 @@ def test_help(name, run_as_script, capsys):
     printed = ' '.join(capsys.readouterr().out.split())  # without line breaks
     assert stopped.value.code == 0 and printed.startswith(f'usage: {name}.py ')
     summary = ' '.join(ast.get_docstring(SOURCES[name]).split()[:4])
-    assert name == 'synthetic_pets' or summary in printed
+    assert summary in printed
     assert ('--data' if name == 'data_rechunk' else '--out') in printed
 
 
 def test_imports_print_and_write_nothing_and_load_torch_only_where_it_is_needed(tmp_path):
     code = f"""
 import sys
-import support.cli, support.files, support.hdf5, synthetic_pets, data_rechunk, data_prepare
+import support.cli, support.files, support.hdf5, support.synthetic_pets, data_rechunk, data_prepare
 assert 'torch' not in sys.modules
-import {', '.join(SOURCES)}
+import {', '.join(name for name in SOURCES if name != 'study.__main__')}
 assert 'timm' not in sys.modules
 """
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
@@ -105,9 +101,9 @@ def test_imports_run_one_way():
         if name.startswith('support'):
             assert all(other.startswith('support') for other in inner), name
         else:
-            level = next(number for number, names in enumerate(LEVELS) if name in names)
-            allowed = set(sum(LEVELS[: level + (name == 'data_prepare')], ()))
-            assert {other for other in inner if not other.startswith('support')} <= allowed, name
+            level = next((number for number, names in enumerate(LEVELS) if name in names), len(LEVELS))
+            allowed = set(sum(LEVELS[:level], ()))
+            assert {other for other in inner if not other.startswith(('support', name.split('.')[0]))} <= allowed, name
     for name in 'support.cli', 'support.files', 'support.hdf5':
         assert not any(other.split('.')[0] in ('torch', 'torchvision') for other in imports_of(name)), name
     assert not imports_of('support.cli') & set(SOURCES)
@@ -137,8 +133,9 @@ def test_there_is_one_training_loop():
 
 
 def test_requirements_are_ranges():
-    for line in (ROOT / 'requirements.txt').read_text().splitlines():
-        assert '>=' in line and '==' not in line and '@' not in line
+    for name in 'requirements.txt', 'requirements-dev.txt', 'study/requirements.txt', 'benchmarks/requirements.txt':
+        for line in (ROOT / name).read_text().splitlines():
+            assert line.startswith(('-r ', '#')) or '>=' in line and '==' not in line and '@' not in line
 
 
 @pytest.mark.parametrize('without, outputs', [('bbox', (True, True, False)), ('class', (False, True, True))])
@@ -148,7 +145,7 @@ def test_ablation_leaves_out_its_task(shared_data, tmp_path, without, outputs):
     assert tuple(value is not None for value in found) == outputs
 
 
-def test_baseline_has_the_mask_alone(shared_data, tmp_path, capsys):
+def test_baseline_has_only_the_mask(shared_data, tmp_path, capsys):
     train_baseline.main(training_options(shared_data, tmp_path, *QUICK))
     printed = capsys.readouterr().out
     assert 'Dice Score - Segmentation' in printed and 'Accuracy' not in printed
@@ -213,7 +210,7 @@ def test_weightings_resume_where_they_stopped(shared_data, tmp_path, monkeypatch
 def test_files_of_the_original_train_with_the_species_as_the_class(original_files, tmp_path):
     root = original_files(count=20, dtype='float32', chunks=True, compression='gzip')
     data_rechunk.main(['--data', str(root)])
-    assert MTLDataset('train', root=root).class_names == ['cat', 'dog']
+    assert MTLDataset('train', root=root).split.class_names == ['cat', 'dog']
     train_mtl.main(training_options(root, tmp_path / 'run', '--model', tmp_path / 'model.pt', *QUICK))
     assert load_model(tmp_path / 'model.pt')(torch.randn(1, 3, 64, 64)).label.shape == (1, 2)
 
@@ -223,6 +220,6 @@ def test_all_scripts_run_in_order_with_default_paths(tmp_path, monkeypatch, run_
     monkeypatch.chdir(tmp_path)
     run_as_script('data_prepare', '--limit', 40, '--size', 64)
     run_as_script('data_rechunk')
-    run_as_script('train_mtl', *QUICK)
-    run_as_script('mtl_vis')
+    run_as_script('train_mtl', *QUICK, '--model', 'mtl_model.pt')
+    run_as_script('mtl_vis', '--model', 'mtl_model.pt')
     assert {path.name for path in tmp_path.iterdir()} == {'datasets', 'runs', 'mtl_model.pt', 'mask.png'}

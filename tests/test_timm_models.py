@@ -68,7 +68,7 @@ def weights_file(tmp_path):
 
 @pytest.mark.parametrize('size', [(64, 64), (96, 64), (144, 144)])
 @pytest.mark.parametrize('network', NETWORKS.values())
-def test_outputs_with_an_encoder_of_timm_have_the_shapes_of_the_studys(network, size):
+def test_outputs_with_an_encoder_of_timm_have_the_shapes_of_our_own(network, size):
     images = torch.randn(2, 3, *size)
     found = network(n_classes=5, encoder=SMALL).eval()(images)
     for value, expected in zip(found, network(n_classes=5).eval()(images)):
@@ -135,8 +135,8 @@ def test_baseline_and_whole_network_train_on_an_encoder_of_timm(shared_data, tmp
     train_mtl.main([*options, '--model', str(tmp_path / 'model.pt')])
     for name in 'baseline', 'mtl':
         config = json.loads((tmp_path / name / 'metrics.json').read_text())['config']
-        assert (config['encoder'], config['encoder_weights'], config['encoder_lr']) == (SMALL, 'none', config['lr'])
-    monkeypatch.setattr(models, 'CHANNELS', None)  # the study's encoder is not part of it
+        assert (config['encoder'], config['encoder_weights'], config['encoder_lr_share']) == (SMALL, 'none', 1)
+    monkeypatch.setattr(models, 'CHANNELS', None)  # our own encoder is not part of it
     model = load_model(tmp_path / 'model.pt')
     outputs = model(torch.randn(1, 3, 64, 64))
     assert all(value.isfinite().all() for value in outputs) and model.encoder_name == SMALL
@@ -161,16 +161,15 @@ def test_resume_with_an_encoder_of_timm_is_bit_exact(shared_data, tmp_path, monk
 
 
 @pytest.mark.parametrize('more, expected', [((), 0.0006), (('--encoder-lr', 0.002), 0.002)])
-def test_encoder_with_weights_learns_at_a_fifth_of_the_rate(
-    shared_data, tmp_path, monkeypatch, weights_file, more, expected
+def test_encoder_with_weights_learns_at_a_fifth_of_the_rate_and_the_log_shows_the_rate_of_the_rest(
+    shared_data, tmp_path, weights_file, more, expected
 ):
-    def make_optimizer(model, weighting, lr, encoder_lr, muon):
-        assert (lr, encoder_lr, muon) == (0.003, pytest.approx(expected), False)
-        raise InputError('as far as that')
-
-    monkeypatch.setattr(engine, 'make_optimizer', make_optimizer)
-    with pytest.raises(InputError, match='as far as that'):
-        train(shared_data, tmp_path, '--encoder', SMALL, '--encoder-weights', weights_file[0], '--lr', 0.003, *more)
+    options = '--encoder', SMALL, '--encoder-weights', weights_file[0], '--lr', 0.003
+    train(shared_data, tmp_path, *options, *QUICK, *more)
+    last = load_checkpoint(tmp_path / 'last.pt', TRAINING_FORMAT)
+    groups = last['optimizer']['param_groups']
+    assert groups[-1]['max_lr'] == pytest.approx(expected) and groups[0]['max_lr'] == 0.003
+    assert not any(group['muon'] for group in groups) and last['history'][0]['lr'] == groups[0]['lr']
 
 
 def test_layers_up_to_a_quarter_of_the_size_keep_pretrained_weights_and_statistics(shared_data, tmp_path, weights_file):
@@ -220,11 +219,30 @@ def test_packaged_weights_are_those_of_the_encoder():
     assert same_bits(*states)  # nothing is left at random
 
 
-def test_study_encoder_takes_no_weights(shared_data, tmp_path, error_line):
+def test_own_encoder_has_no_imagenet_weights(shared_data, tmp_path, error_line):
     line = error_line(train_baseline.main, *training_options(shared_data, tmp_path, '--encoder-weights', 'imagenet'))
-    assert line == ('error: --encoder-weights imagenet: --encoder unet starts from scratch; give a timm encoder, too')
-    assert engine.choose_weights('unet', None) == engine.choose_weights('unet', 'none') == 'none'
-    assert engine.choose_weights(SMALL, None) == 'imagenet' and engine.choose_weights(SMALL, 'none') == 'none'
+    assert line == 'error: --encoder-weights imagenet: --encoder unet has none; give a timm encoder, too'
+
+
+def test_own_encoder_starts_from_that_of_a_model_file(shared_data, finished_run, tmp_path):
+    options = '--encoder-weights', finished_run / 'best.pt', '--epochs', 1, '--lr', 1e-12
+    train(shared_data, tmp_path, *options, network=models.UNet)
+    first, last = (load_model(folder / 'best.pt').encoder.state_dict() for folder in (finished_run, tmp_path))
+    assert all(torch.equal(first[name], last[name]) for name in first if name.endswith('conv.weight'))
+
+
+@pytest.mark.parametrize(
+    'options, weights, muon',
+    [
+        ((), 'none', True),
+        (('--encoder', SMALL), 'imagenet', False),
+        (('--encoder', SMALL, '--encoder-weights', 'none'), 'none', True),
+        (('--encoder-weights', 'best.pt'), 'best.pt', True),
+    ],
+)
+def test_recipe_is_that_of_the_encoder_and_its_weights(options, weights, muon):
+    config = engine.Config.from_args(engine.training_parser('', out='').parse_args(options))
+    assert (config.encoder_weights, config.muon) == (weights, muon)
 
 
 # ---- what is refused
@@ -254,7 +272,7 @@ def test_missing_timm_and_missing_package_say_what_to_install(shared_data, tmp_p
     monkeypatch.setitem(sys.modules, 'timm', None)
     assert error_line(train_baseline.main, *options) == f"error: encoder '{PACKAGED}': needs timm; pip install timm"
     save_checkpoint(tmp_path / 'model.pt', model_content(MTLNet(n_classes=1), ['a'], ['cat'], (64, 64)))
-    load_model(tmp_path / 'model.pt')  # the study's encoder does not need it
+    load_model(tmp_path / 'model.pt')  # our own encoder does not need it
 
 
 @pytest.mark.parametrize(

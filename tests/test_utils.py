@@ -31,11 +31,12 @@ NAN = math.nan
 
 def masks(*rows):
     """Each row of pixel values as a mask (1, 1, n)."""
-    return torch.tensor(rows, dtype=torch.float32)[:, None, None]
+    return torch.tensor(rows, dtype=torch.uint8)[:, None, None]
 
 
-PREDICTED = masks([9, 9, -9, -9], [9, -9, -9, -9], [-9, -9, -9, -9], [9, 9, 9, 9])
-TARGET = masks([1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [NAN, NAN, 1, 0])
+PREDICTED = torch.tensor([[9.0, 9, -9, -9], [9, -9, -9, -9], [-9, -9, -9, -9], [9, 9, 9, 9]])[:, None, None]
+TARGET = masks([1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [255, 255, 1, 0])
+UNKNOWN = torch.full((3, 1, 4, 4), 255, dtype=torch.uint8)
 
 
 def test_dice_of_each_image():
@@ -75,7 +76,7 @@ def test_dice_loss_by_hand():
 
 
 def test_mask_loss_adds_the_cross_entropy_of_known_pixels():
-    logits, target = torch.zeros(1, 1, 1, 4), masks([1, 0, NAN, NAN])
+    logits, target = torch.zeros(1, 1, 1, 4), masks([1, 0, 255, 255])
     assert (MaskLoss()(logits, target) - DiceLoss()(logits, target)).item() == pytest.approx(math.log(2))
 
 
@@ -95,8 +96,8 @@ def test_box_loss_by_hand():
 @pytest.mark.parametrize(
     'loss, prediction, target',
     [
-        (DiceLoss(), torch.randn(3, 1, 4, 4), torch.full((3, 1, 4, 4), NAN)),
-        (MaskLoss(), torch.randn(3, 1, 4, 4), torch.full((3, 1, 4, 4), NAN)),
+        (DiceLoss(), torch.randn(3, 1, 4, 4), UNKNOWN),
+        (MaskLoss(), torch.randn(3, 1, 4, 4), UNKNOWN),
         (ClassLoss(), torch.randn(3, 5), torch.full((3,), -1)),
         (BoxLoss(), torch.rand(3, 4), torch.full((3, 4), NAN)),
     ],
@@ -111,8 +112,8 @@ def test_loss_of_a_batch_without_labels_and_its_gradient_are_zero(loss, predicti
 @pytest.mark.parametrize(
     'metric, prediction, target',
     [
-        (dice_score, torch.randn(3, 1, 4, 4), torch.full((3, 1, 4, 4), NAN)),
-        (mask_iou, torch.randn(3, 1, 4, 4), torch.full((3, 1, 4, 4), NAN)),
+        (dice_score, torch.randn(3, 1, 4, 4), UNKNOWN),
+        (mask_iou, torch.randn(3, 1, 4, 4), UNKNOWN),
         (accuracy, torch.randn(3, 5), torch.full((3,), -1)),
         (iou_metric, torch.rand(3, 4), torch.full((3, 4), NAN)),
     ],
@@ -125,8 +126,8 @@ def test_metric_of_a_batch_without_labels_is_zero(metric, prediction, target):
 @pytest.mark.parametrize(
     'loss, prediction, target, unknown',
     [
-        (DiceLoss(), torch.randn(4, 1, 4, 4), torch.randint(0, 2, (4, 1, 4, 4)).float(), NAN),
-        (MaskLoss(), torch.randn(4, 1, 4, 4), torch.randint(0, 2, (4, 1, 4, 4)).float(), NAN),
+        (DiceLoss(), torch.randn(4, 1, 4, 4), torch.randint(0, 2, (4, 1, 4, 4), dtype=torch.uint8), 255),
+        (MaskLoss(), torch.randn(4, 1, 4, 4), torch.randint(0, 2, (4, 1, 4, 4), dtype=torch.uint8), 255),
         (ClassLoss(), torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), -1),
         (BoxLoss(), torch.tensor([[0.1, 0.1, 0.4, 0.5]] * 4), torch.tensor([[0.2, 0.2, 0.6, 0.6]] * 4), NAN),
     ],
@@ -201,22 +202,22 @@ BATCH = Sample(
     image=torch.zeros(3, 3, 4, 4),
     bbox=torch.tensor([[0.1, 0.1, 0.5, 0.5], [NAN] * 4, [NAN] * 4]),
     label=torch.tensor([1, 0, -1]),
-    mask=torch.full((3, 1, 4, 4), NAN),
+    mask=UNKNOWN,
 )
 BOX = torch.tensor([[0.1, 0.1, 0.5, 0.4]] * 3)
 
 
-def test_task_losses_are_those_of_the_tasks_with_labels():
-    losses = task_losses(Outputs(torch.zeros(3, 2), None, BOX), BATCH)
-    assert {task: count for task, (_, count) in losses.items()} == {'class': 2, 'box': 1}
-    assert losses['class'][0].item() == pytest.approx(math.log(2))
+def test_task_losses_are_those_of_the_networks_tasks_and_zero_without_labels():
+    losses = task_losses(Outputs(torch.zeros(3, 2), torch.zeros(3, 1, 4, 4), BOX), BATCH)
+    assert {task: count for task, (_, count) in losses.items()} == {'mask': 0, 'class': 2, 'box': 1}
+    assert losses['mask'][0] == 0 and losses['class'][0].item() == pytest.approx(math.log(2))
     assert losses['box'][0].item() == BoxLoss()(BOX, BATCH.bbox).item()
     assert task_losses(Outputs(None, None, BOX), BATCH).keys() == {'box'}
 
 
 def test_mean_losses_are_over_samples_and_go_on_from_totals():
     losses = MeanLosses()
-    losses.add({'mask': (torch.tensor(1.0), 3), 'box': (torch.tensor(4.0), 1)})
+    losses.add({'mask': (torch.tensor(1.0), 3), 'box': (torch.tensor(4.0), 1), 'class': (torch.tensor(0.0), 0)})
     again = MeanLosses(*losses.totals())
     again.add({'mask': (torch.tensor(2.0), 1)})
     assert again.result() == {'loss_mask': 5 / 4, 'loss_box': 4}
