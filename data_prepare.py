@@ -2,14 +2,14 @@
 
     python data_prepare.py                                  # draws synthetic pets, a minute
     python data_prepare.py --source oxford --download       # fetches Oxford-IIIT Pet (800 MB) first
-    python data_prepare.py --source oxford --root DIR       # reads DIR/oxford-iiit-pet
+    python data_prepare.py --source oxford --root DIR       # reads DIR/oxford-iiit-pet, or DIR if it is that folder
     python data_prepare.py --root DIR --split official      # its test.txt is the test split
-    python data_prepare.py --root DIR --folds 5             # five ways to split, for study.py
+    python data_prepare.py --root DIR --folds 5             # five ways to split, for the study
 
 Writes `datasets/data_new/{train,val,test}/` with images.h5, masks.h5, bboxes.h5, binary.h5, breeds.h5 and
-names.h5 (formats: README.md) and prints a table of what is in each split. An image is kept with whatever
-labels it has. Near-identical images go to the same split, unless it is official. The same images, options and
-seed give the same splits.
+names.h5, a plain dataset each (docs/data.md), and prints a table of what is in each split; data_rechunk.py comes
+next. An image is kept with whatever labels it has. Near-identical images go to the same split, unless it is
+official. The same images, options and seed give the same splits.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import hashlib
 import os
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import synthetic_pets
+from support import synthetic_pets
 from support.cli import InputError, StopRequest, are_names, one_line, positive_number, reason, run_script, whole_number
 from support.files import UnreadableFile, lock_folder, open_image, read_image, replacing, require_file, sync, to_rgb
 from support.hdf5 import (
@@ -44,6 +43,7 @@ from support.hdf5 import (
 from support.splits import limited
 
 BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
+FILES = {'image': 'images/{}.jpg', 'trimap': 'annotations/trimaps/{}.png', 'box': 'annotations/xmls/{}.xml'}
 STEMS = (*SHAPES, 'names')
 THUMBNAIL = (16, 16)
 # Two images are near-identical if the Pearson correlation of their thumbnails is higher. In Oxford-IIIT Pet those
@@ -63,36 +63,36 @@ class Record(NamedTuple):
     has_box: bool
 
 
-class LabelledImage(NamedTuple):
-    """An image at its stored size; an unknown label is None."""
-
-    image: np.ndarray  # (H, W, 3) uint8 RGB
-    mask: np.ndarray | None  # (H, W, 1) uint8: 1 pet, 0 background, 255 unknown
-    bbox: np.ndarray | None  # (4,) float32: xmin, ymin, xmax, ymax in pixels
+def warn(error):
+    tqdm.write(one_line(f'warning: {error}'), file=sys.stderr)
 
 
 class OxfordPets:
-    """The Oxford-IIIT Pet dataset in its official layout, `root/oxford-iiit-pet`."""
+    """The Oxford-IIIT Pet dataset in its official layout: `root/oxford-iiit-pet`, or `root` itself.
+
+    Reading fills `unreadable`, with a message for each annotation, and `petless`, with the names of the images whose
+    masks show no pet.
+    """
 
     def __init__(self, root, border):
-        self.folder = Path(root) / 'oxford-iiit-pet'
+        root, folder = Path(root), Path(root) / 'oxford-iiit-pet'
+        self.folder = root if (root / 'annotations').exists() and not folder.exists() else folder
         # What is stored for the trimap's 1 pet, 2 background and 3 border.
         self.trimap_values = np.array([MASK_UNKNOWN, 1, 0, BORDER[border]], np.uint8)
         self.records, self.class_names = self._read_list('list.txt', '--download fetches the dataset')
+        self.unreadable, self.petless = set(), set()
 
     def official_parts(self):
         """(set of the records in trainval.txt, set of those in test.txt); raises InputError if they do not fit."""
         hint = 'take list.txt, trainval.txt and test.txt from one release, or choose shares for --split'
-        known, parts = set(self.records), []
-        for file in 'trainval.txt', 'test.txt':
-            records, path = self._read_list(file, hint)[0], self.folder / 'annotations' / file
-            for record in records:
-                if record not in known:
-                    raise InputError(f"{path}: '{record.name}' is not in list.txt, or of another class there; {hint}")
-                if parts and record in parts[0]:
-                    raise InputError(f"{path}: '{record.name}' is in trainval.txt as well; {hint}")
-            parts.append(set(records))
-        return parts
+        folder = self.folder / 'annotations'
+        trainval, test = (set(self._read_list(file, hint)[0]) for file in ('trainval.txt', 'test.txt'))
+        unlisted, shared = (trainval | test) - set(self.records), trainval & test
+        if unlisted:
+            raise InputError(f"{folder}: '{min(unlisted).name}' is not in list.txt, or of another class there; {hint}")
+        if shared:
+            raise InputError(f"{folder}: '{min(shared).name}' is in both trainval.txt and test.txt; {hint}")
+        return trainval, test
 
     def _read_list(self, file, hint):
         """Records and class names of `NAME CLASS-ID SPECIES BREED-ID` lines: ids from 1, species 1 cat and 2 dog."""
@@ -110,65 +110,72 @@ class OxfordPets:
             try:
                 name, *ids = line.split()
                 class_id, species, _ = map(int, ids)
+                if not 1 <= class_id <= 37 or species not in (1, 2):
+                    raise ValueError
             except ValueError:
-                raise InputError(f"{where}: '{line}' is not NAME CLASS-ID SPECIES BREED-ID") from None
-            if not 1 <= class_id <= 37 or species not in (1, 2):
                 raise InputError(
-                    f'{where}: class {class_id} and species {species}; '
-                    'expected a class from 1 to 37 and a species 1 or 2'
-                )
+                    f"{where}: '{line}' is not NAME CLASS-ID SPECIES BREED-ID, with classes 1 to 37 and species 1 or 2"
+                ) from None
             breed_name = name.rpartition('_')[0]
             plain = Path(name).name == name and name.isprintable() and len(name) <= 200 and are_names([breed_name])
             if name in records or not plain:
                 raise InputError(f"{where}: '{name}' is listed twice or is not a file name like Abyssinian_12")
             if class_names.setdefault(class_id, breed_name) != breed_name:
                 raise InputError(f"{where}: class {class_id} is '{class_names[class_id]}' and '{breed_name}'")
-            records[name] = Record(
-                name, species - 1, class_id - 1, self._file('trimaps', name).exists(), self._file('xmls', name).exists()
-            )
+            has_mask, has_box = (self._path(kind, name).exists() for kind in ('trimap', 'box'))
+            records[name] = Record(name, species - 1, class_id - 1, has_mask, has_box)
         if not records:
             raise InputError(f'{path}: lists no image; {hint}')
         names = [class_names.get(i, f'class {i}') for i in range(1, max(class_names, default=0) + 1)]
         return list(records.values()), names
 
-    def _file(self, kind, name):
-        if kind == 'images':
-            return self.folder / 'images' / f'{name}.jpg'
-        return self.folder / 'annotations' / kind / f'{name}{".png" if kind == "trimaps" else ".xml"}'
+    def _path(self, kind, name):
+        return self.folder / FILES[kind].format(name)
 
     def thumbnail(self, record):
-        """The record's image in grey at the size THUMBNAIL; None if it is unreadable."""
-        try:
-            with open_image(self._file('images', record.name)) as image:
-                image.draft('L', (64, 64))  # a JPEG is decoded in grey, at a quarter or so of its size
-                return np.asarray(to_rgb(image).convert('L').resize(THUMBNAIL, Image.Resampling.BOX))
-        except UnreadableFile:  # `read` warns
-            return None
+        """The record's image in grey at the size THUMBNAIL; raises UnreadableFile."""
+        with open_image(self._path('image', record.name)) as image:
+            image.draft('L', (64, 64))  # a JPEG is decoded in grey, at a quarter or so of its size
+            return np.asarray(to_rgb(image).convert('L').resize(THUMBNAIL, Image.Resampling.BOX))
 
-    def read(self, record, size, warn):
-        """The record's LabelledImage; raises UnreadableFile for the image, passes that of an annotation to `warn`."""
-        path = self._file('images', record.name)
-        image = read_image(path).resize((size, size), Image.Resampling.BILINEAR)
-        labels = []
-        for known, read in (record.has_mask, self._read_mask), (record.has_box, self._read_box):
-            try:
-                labels.append(read(record.name, size) if known else None)
-            except UnreadableFile as error:
-                warn(error)
-                labels.append(None)
-        return LabelledImage(np.asarray(image), *labels)
+    def read(self, record, size):
+        """The record's image (size, size, 3) uint8 RGB, mask (size, size, 1) uint8 and box (4,) float32.
+
+        The mask is 1 pet, 0 background and 255 unknown, the box xmin, ymin, xmax and ymax in pixels, NaN unknown.
+        Raises UnreadableFile for the image.
+        """
+        image = read_image(self._path('image', record.name)).resize((size, size), Image.Resampling.BILINEAR)
+        mask, bbox = np.full((size, size, 1), MASK_UNKNOWN, np.uint8), np.full(4, np.nan, np.float32)
+        try:
+            mask = self._read_mask(record.name, size) if record.has_mask else mask
+        except UnreadableFile as error:
+            self._leave_out(error)
+        try:
+            bbox = self._read_box(record.name, size) if record.has_box else bbox
+        except UnreadableFile as error:
+            self._leave_out(error)
+        return np.asarray(image), mask, bbox
+
+    def _leave_out(self, error):
+        if str(error) not in self.unreadable:  # by another fold
+            warn(error)
+        self.unreadable.add(str(error))
 
     def _read_mask(self, name, size):
-        path = self._file('trimaps', name)
+        path = self._path('trimap', name)
         with open_image(path) as trimap:
             values = np.asarray(trimap.resize((size, size), Image.Resampling.NEAREST))
         found = np.unique(values)
         if values.ndim != 2 or values.dtype.kind not in 'iu' or not np.isin(found, (1, 2, 3)).all():
             raise UnreadableFile(f'{path}: values {found[:5].tolist()}; a trimap holds 1, 2 and 3')
-        return self.trimap_values[values][..., None]
+        mask = self.trimap_values[values][..., None]
+        if not (mask == 1).any():  # but every image of the dataset shows a pet
+            self.petless.add(name)
+            mask[:] = MASK_UNKNOWN
+        return mask
 
     def _read_box(self, name, size):
-        path = self._file('xmls', name)
+        path = self._path('box', name)
         try:
             root = ElementTree.parse(path).getroot()
             # A missing element reads 'none', which is no number.
@@ -177,11 +184,12 @@ class OxfordPets:
             extent = [float(root.findtext(f'size/{key}', 'none')) for key in ('width', 'height')] * 2
         except (ElementTree.ParseError, OSError, LookupError, ValueError) as error:
             raise UnreadableFile(f'{path}: no <bndbox> and <size> in numbers ({reason(error)})') from None
-        if not all(np.isfinite(corners + extent)) or min(extent) <= 0:
-            raise UnreadableFile(f'{path}: the box {corners} in an image of {extent[0]:g} x {extent[1]:g}')
-        bbox = np.clip(np.divide(corners, extent), 0, 1)
-        if not (bbox[:2] < bbox[2:]).all():
-            raise UnreadableFile(f'{path}: the box {corners} has no area inside the image')
+        with np.errstate(all='ignore'):
+            bbox = np.clip(np.divide(corners, extent), 0, 1)
+        if not np.isfinite(corners + extent).all() or min(extent) <= 0 or not (bbox[:2] < bbox[2:]).all():
+            raise UnreadableFile(
+                f'{path}: the box {corners} has no area inside an image of {extent[0]:g} x {extent[1]:g}'
+            )
         return (bbox * size).astype(np.float32)
 
 
@@ -198,12 +206,9 @@ class SyntheticPets:
             species = synthetic_pets.BREEDS[breed].species
             self.records.append(Record(name, species, breed, has_mask=True, has_box=True))
 
-    def thumbnail(self, record):
-        """None: each pet is drawn with random numbers of its own, so no two are near-identical."""
-
-    def read(self, record, size, warn):
-        pet = synthetic_pets.draw_pet(int(record.name.rpartition('_')[2]), self.seed, size)
-        return LabelledImage(pet.image, pet.mask, pet.bbox)
+    def read(self, record, size):
+        number = int(record.name.rpartition('_')[2])
+        return synthetic_pets.draw_pet(number, self.seed, size)[:3]  # image, mask, box
 
 
 def in_strata_order(records, seed):
@@ -238,14 +243,25 @@ def match_thumbnails(thumbnails):
 def group_duplicates(records, source):
     """List of groups, each a list of Record: near-identical images in one, every other image in its own.
 
-    Groups stand in the order of their first record.
+    Groups stand in the order of their first record. Unreadable images are left out; raises InputError if all are.
     """
-    thumbnails = [source.thumbnail(record) for record in tqdm(records, 'duplicates', unit='image', disable=None)]
-    readable = [i for i, thumbnail in enumerate(thumbnails) if thumbnail is not None]
-    numbers, groups = -np.arange(1, len(records) + 1), {}  # each alone; `match_thumbnails` counts from 0
-    if readable:
-        numbers[readable] = match_thumbnails(np.stack([thumbnails[i] for i in readable]))
-    for record, number in zip(records, numbers):
+    thumbnails, errors = {}, []
+    for record in tqdm(records, 'duplicates', unit='image', disable=None):
+        try:
+            thumbnails[record] = source.thumbnail(record)
+        except UnreadableFile as error:
+            errors.append(error)
+    if not thumbnails:
+        raise InputError(
+            f'none of the {len(records)} images can be read, the first is {errors[0]}; each NAME in list.txt needs '
+            'an image images/NAME.jpg'
+        )
+    for error in errors:
+        warn(error)
+    if errors:
+        print(f'unreadable images left out: {len(errors)} (named in the warnings above)')
+    groups = {}
+    for record, number in zip(thumbnails, match_thumbnails(np.stack(list(thumbnails.values())))):
         groups.setdefault(number, []).append(record)
     return list(groups.values())
 
@@ -292,45 +308,39 @@ def print_duplicates(groups, splits):
         print(f'near-identical images: {sum(map(len, duplicates))} in {len(duplicates)} groups, {kept}')
 
 
-class SplitWriter:
-    """Writes the six files of one split. Images and masks go to the disk one by one, the small tables at the end."""
+def read_samples(source, split, records, size, digest, stop):
+    """Yield image, mask and box of each record; what is stored of it goes into `digest`."""
+    for record in tqdm(records, split, unit='image', disable=None):
+        stop.check()
+        try:
+            sample = source.read(record, size)
+        except UnreadableFile as error:
+            raise InputError(f'{error}; it could be read a while ago; run the command again') from None
+        digest.update(f'{split} {record.name} {record.species} {record.breed}'.encode())
+        for values in sample:
+            digest.update(values.tobytes())
+        yield sample
 
-    def __init__(self, files, count, size):
-        """`files`: {stem: open h5py.File}; `count`: of images, at most; `size`: of an image's side in pixels."""
-        self.files, self.rows, self.labels = files, [], Counter()
-        for stem, channels in ('images', 3), ('masks', 1):
-            shape = (size, size, channels)
-            files[stem].create_dataset(stem, (count, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape))
 
-    def add(self, record, sample):
-        index, mask, bbox = len(self.rows), sample.mask, sample.bbox
-        self.files['images']['images'][index] = sample.image
-        self.files['masks']['masks'][index] = MASK_UNKNOWN if mask is None else mask
-        self.rows.append((np.full(4, np.nan) if bbox is None else bbox, record))
-        self.labels.update(masks=mask is not None, boxes=bbox is not None)
+def write_split(files, records, samples, size, class_names):
+    """Write one split to its open files, {stem: h5py.File}; returns its row of the printed table.
 
-    def finish(self, class_names, preparation):
-        """Write the tables; mark the files with the text that all files of one preparation share."""
-        bboxes, records = zip(*self.rows)
-        tables = {
-            'bboxes': np.array(bboxes, np.float32),
-            'binary': np.array([[record.species] for record in records], np.uint8),
-            'breeds': np.array([[record.breed] for record in records], np.int16),
-            'names': np.array([record.name.encode() for record in records]),
-        }
-        for stem, file in self.files.items():
-            if stem in tables:
-                file[stem] = tables[stem]
-            else:
-                file[stem].resize(len(records), axis=0)  # without the unreadable images
-            write_text(file[stem].attrs, 'preparation', preparation)
-        write_text(self.files['breeds']['breeds'].attrs, 'class_names', class_names)
-
-    def summary(self):
-        """The split's row of the printed table."""
-        species = Counter(record.species for _, record in self.rows)
-        breeds = {record.breed for _, record in self.rows}
-        return len(self.rows), self.labels['masks'], self.labels['boxes'], species[0], species[1], len(breeds)
+    `samples` gives image, mask and box of each record; images and masks go to the disk one by one.
+    """
+    count, masks_known, boxes = len(records), 0, np.empty((len(records), 4), np.float32)
+    images = files['images'].create_dataset('images', (count, size, size, 3), np.uint8)
+    masks = files['masks'].create_dataset('masks', (count, size, size, 1), np.uint8)
+    for index, (image, mask, bbox) in enumerate(samples):
+        images[index], masks[index], boxes[index] = image, mask, bbox
+        masks_known += int((mask != MASK_UNKNOWN).any())
+    files['bboxes']['bboxes'] = boxes
+    files['binary']['binary'] = np.array([[record.species] for record in records], np.uint8)
+    files['breeds']['breeds'] = np.array([[record.breed] for record in records], np.int16)
+    files['names']['names'] = np.array([record.name.encode() for record in records])
+    write_text(files['breeds']['breeds'].attrs, 'class_names', class_names)
+    boxes_known = np.isfinite(boxes).all(axis=1).sum()
+    dogs, breeds = sum(record.species for record in records), {record.breed for record in records}
+    return count, masks_known, boxes_known, count - dogs, dogs, len(breeds)
 
 
 def refuse_to_replace_others(path):
@@ -353,53 +363,44 @@ def prepare(source, splits, out, size, options):
 
     No file is replaced before all are written.
     """
-    out = Path(out)
-    count = sum(map(len, splits.values()))
-    unreadable = Counter()
-
-    def warn(error, kind='annotation'):
-        unreadable[kind] += 1
-        tqdm.write(one_line(f'warning: {error}'), file=sys.stderr)
-
-    targets = {split: {stem: out / split / f'{stem}.h5' for stem in STEMS} for split in SPLITS}
-    for paths in targets.values():
-        for path in paths.values():
-            refuse_to_replace_others(path)
-    writers, new_files, digest = {}, [], hashlib.sha256(options.encode())
+    out, count = Path(out), sum(map(len, splits.values()))
+    for split in SPLITS:
+        if not splits[split]:
+            raise InputError(f'{out}: the {split} split is empty; there are {count} images; take more or other shares')
+        for stem in STEMS:
+            refuse_to_replace_others(out / split / f'{stem}.h5')
+    digest = hashlib.sha256(f'{options} {source.class_names}'.encode())
+    rows, new_files, datasets = {}, [], []
     with StopRequest() as stop, ExitStack() as renames:
         for split in SPLITS:
             renames.enter_context(lock_folder(out / split))
-        with ExitStack() as open_files, tqdm(total=count, unit='image', disable=None) as bar:
+        with ExitStack() as open_files:
             for split in SPLITS:
-                files = {}
-                for stem, path in targets[split].items():
-                    new_files.append(renames.enter_context(replacing(path)))
+                files, records = {}, sorted(splits[split])
+                for stem in STEMS:
+                    new_files.append(renames.enter_context(replacing(out / split / f'{stem}.h5')))
                     files[stem] = open_files.enter_context(create_h5(new_files[-1]))
-                writer = writers[split] = SplitWriter(files, len(splits[split]), size)
-                for record in sorted(splits[split]):
-                    stop.check()
-                    try:
-                        sample = source.read(record, size, warn)
-                        writer.add(record, sample)
-                        found = f'{split} {record} {sample.mask is not None} {sample.bbox is not None}'
-                        digest.update(found.encode())
-                    except UnreadableFile as error:
-                        warn(error, 'image')
-                    bar.update()
-                if not writer.rows:
-                    raise InputError(
-                        f'{out}: the {split} split is empty; there are {count} images; take more or other shares'
-                    )
-            for writer in writers.values():
-                writer.finish(source.class_names, digest.hexdigest()[:16])
+                samples = read_samples(source, split, records, size, digest, stop)
+                rows[split] = write_split(files, records, samples, size, source.class_names)
+                datasets += [files[stem][stem] for stem in STEMS]
+            for dataset in datasets:
+                write_text(dataset.attrs, 'preparation', digest.hexdigest()[:16])
         for path in new_files:
             sync(path)  # before the first is renamed
     print(f'{"split":8}{"images":>8}{"masks":>8}{"boxes":>8}{"cats":>8}{"dogs":>8}{"breeds":>8}')
-    for split, writer in writers.items():
-        print(f'{split:8}' + ''.join(f'{count:8}' for count in writer.summary()))
-    for kind, count in sorted(unreadable.items()):
-        print(f'unreadable {kind}s left out: {count} (named in the warnings above)')
-    print(f'written to {out}; next: python data_rechunk.py --data {out}')
+    for split, row in rows.items():
+        print(f'{split:8}' + ''.join(f'{number:8}' for number in row))
+    print(f'written to {out}')
+
+
+def print_left_out(source):
+    """Name what `source` could not use while it was read."""
+    if source.unreadable:
+        print(f'unreadable annotations left out: {len(source.unreadable)} (named in the warnings above)')
+    if source.petless:
+        names = sorted(source.petless)
+        listed = ', '.join(names[:20]) + (', ...' if len(names) > 20 else '')
+        print(f'masks without a pet, stored as unknown: {len(names)} ({listed})')
 
 
 def parse_split(text):
@@ -416,16 +417,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description='Turn images and their annotations into HDF5 splits.')
     add = parser.add_argument
     add('--source', choices=('oxford', 'synthetic'), help='default: oxford with --root or --download, else synthetic')
-    add('--root', metavar='DIR', help='folder that holds oxford-iiit-pet/')
+    add('--root', metavar='DIR', help='folder that holds oxford-iiit-pet/, or that folder')
     add('--download', action='store_true', help='fetch Oxford-IIIT Pet into --root first, or into datasets/')
     add('--out', default='datasets/data_new', metavar='DIR', help='where the splits go (default: %(default)s)')
     add('--size', type=int, default=256, metavar='PIXELS', help='stored width and height (default: %(default)s)')
     split = 'shares of train, val and test, or official: trainval.txt as 80-20, and test.txt (default: %(default)s)'
     shares = parser.add_mutually_exclusive_group()
     shares.add_argument('--split', type=parse_split, default='80-10-10', metavar='A-B-C|official', help=split)
-    folds = (
-        'write DIR/fold0 ... with train, val and test each; the test splits are disjoint and together hold all images'
-    )
+    folds = 'write DIR/fold0 ... with train, val and test each; each image is in the test split of one of them'
     shares.add_argument('--folds', type=whole_number(2), metavar='K', help=folds)
     add('--seed', type=whole_number(0), default=0, help='of the split and of drawing (default: %(default)s)')
     add('--border', choices=BORDER, default='pet', help="what the trimap's border counts as (default: %(default)s)")
@@ -447,16 +446,20 @@ def main(argv=None):
     options = f'{kind} {args.size} {args.split} {args.seed} {args.border} {args.limit}'
     trainval, test = source.official_parts() if args.split == 'official' else (source.records, ())
     records = limited(in_strata_order([*trainval, *test], args.seed), args.limit)
-    groups = group_duplicates(records, source)
+    # Each pet is drawn with random numbers of its own, so no two are near-identical.
+    groups = group_duplicates(records, source) if kind == 'oxford' else [[record] for record in records]
     if args.folds:
         folds = make_folds(groups, args.folds)
-        print_duplicates(groups, folds[0])
-        for number, splits in enumerate(folds):
-            prepare(source, splits, Path(args.out) / f'fold{number}', args.size, f'{options} {number} of {args.folds}')
-        return
-    splits = split_officially(groups, test) if test else split_groups(groups, dict(zip(SPLITS, args.split)))
-    print_duplicates(groups, splits)
-    prepare(source, splits, args.out, args.size, options)
+        runs = {f'fold{number}': splits for number, splits in enumerate(folds)}
+    else:
+        splits = split_officially(groups, test) if test else split_groups(groups, dict(zip(SPLITS, args.split)))
+        runs = {'': splits}
+    print_duplicates(groups, next(iter(runs.values())))
+    for fold, splits in runs.items():
+        prepare(source, splits, Path(args.out) / fold, args.size, f'{options} {args.folds} {fold}')
+    if kind == 'oxford':
+        print_left_out(source)
+    print(f'next: python data_rechunk.py --data {args.out}')
 
 
 def download(root):

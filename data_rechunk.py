@@ -3,6 +3,7 @@
     python data_rechunk.py                      # the files under datasets/data_new/{train,val,test}
     python data_rechunk.py --data DIR           # the same files under another folder, or those of all folds in it
 
+Takes the files of data_prepare.py or of other programs: any type of number, any chunks, compressed or not.
 Afterwards `images.h5` holds `chunked_images` beside `images`, `masks.h5` holds `chunked_masks`, and so on:
 two names of the same data, stored once. `masks.h5` also holds `known_masks`, which of the masks have a known
 pixel, so that training need not read them all to find out. Expect a few seconds per gigabyte and a line per
@@ -16,7 +17,6 @@ one can crash HDF5 or keep it busy for ever.
 import argparse
 import errno
 import math
-import os
 import time
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from support.child import in_own_process
 from support.cli import InputError, run_script
-from support.files import lock_folder, replacing
+from support.files import lock_folder, replacing, require_file
 from support.hdf5 import (
     KNOWN_MASKS,
     MASK_UNKNOWN,
@@ -41,7 +41,7 @@ from support.hdf5 import (
     target_chunks,
 )
 
-# Images are read in slabs: of about SLAB_BYTES, as whole chunks where those fit in LARGEST_SLAB_BYTES.
+# Samples are read in slabs: of about SLAB_BYTES, which is fastest, or as whole chunks up to LARGEST_SLAB_BYTES.
 SLAB_BYTES = 16 << 20
 LARGEST_SLAB_BYTES = 128 << 20
 
@@ -50,15 +50,16 @@ class LossyConversion(Exception):
     """A value is another number, or none, in the type it should be stored as."""
 
 
-def slab_starts(dataset):
-    """The range of the first samples of the slabs to read `dataset` in; its step is the samples in a slab.
+def find_slabs(dataset):
+    """The slices of samples to read `dataset` in.
 
     A chunk that spans more samples than a slab may hold is read once for each of its slabs.
     """
     sample_bytes = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
-    step = dataset.chunks[0] if dataset.chunks else 1
-    step *= max(1, SLAB_BYTES // (step * sample_bytes))
-    return range(0, len(dataset), max(1, min(step, LARGEST_SLAB_BYTES // sample_bytes)))
+    rows = dataset.chunks[0] if dataset.chunks else 1
+    rows *= max(1, SLAB_BYTES // (rows * sample_bytes))
+    rows = max(1, min(rows, LARGEST_SLAB_BYTES // sample_bytes))
+    return [slice(start, start + rows) for start in range(0, len(dataset), rows)]
 
 
 def convert(values, dtype):
@@ -80,19 +81,23 @@ def same_bytes(one, two):
     return np.array_equal(one.reshape(-1).view(word), two.reshape(-1).view(word))
 
 
-def check_range(path, images, start):
-    """Raises InputError for values outside 0 to 255; `start` is the number of the first image of `images`."""
+def highest_value(path, images, start):
+    """The highest value of `images` (N, H, W, 3); `start` is the number of the first of them.
+
+    Raises InputError for values outside 0 to 255.
+    """
     for number, image in enumerate(images, start):
         low, high = image.min(), image.max()
         if not (low >= 0 and high <= 255):
             value = high if low >= 0 else low
             raise InputError(f'{path}: sample {number} holds {value:g}; images are expected as 0 to 255')
+    return images.max()
 
 
 def count_mask_values(path, masks, start):
-    """How many pixels of each of `masks` (N, H, W, 1), of any type, are 0, 1 and 255: (N, 3).
+    """How many pixels of each of `masks` (N, H, W, 1) are 0, 1 and 255: (N, 3); `start` is the number of the first.
 
-    Raises InputError for other values; `start` is the number of the first mask of `masks`.
+    Raises InputError for other values.
     """
     allowed = 0, 1, MASK_UNKNOWN
     counts = np.array([[np.count_nonzero(mask == value) for value in allowed] for mask in masks])
@@ -118,111 +123,98 @@ def find_known_masks(path, counts):
 
 
 def write_compared(target, part, values):
-    """Write the contiguous `values` to a part of a dataset; raises OSError if other values are read back."""
+    """Write `values` to a part of a dataset; raises OSError if other values are read back."""
     target[part] = values
     if not same_bytes(values, target[part]):
         raise OSError(errno.EIO, 'what was read back differs from what was written', target.file.filename)
 
 
-def copy_rechunked(source, path, dtype, checksums):
-    """Copy a dataset and what else its file holds to a new file, as `dtype` and in `target_chunks`.
+def copy_rechunked(source, stem, new_path, dtype, checksums):
+    """Write the dataset `source` to a new file, as `dtype` and in `target_chunks`, with what else its file holds.
 
-    With masks goes a new KNOWN_MASKS. What is written is read back and compared. Raises LossyConversion, InputError
-    for values that images or masks do not have, and OSError for a failed write.
+    With masks goes a new KNOWN_MASKS. Raises LossyConversion, InputError for values that images or masks do not
+    have, and OSError for a failed write.
     """
-    stem = source.name.strip('/').removeprefix('chunked_')
-    source_path, counts = source.file.filename, []
-    with create_h5(path) as file:
+    path, highest, counts = source.file.filename, [], []
+    with create_h5(new_path) as file:
         target = file.create_dataset(stem, source.shape, dtype, chunks=target_chunks(source), fletcher32=checksums)
         file[f'chunked_{stem}'] = target  # the name that the study's data loader asks for
+        title = '/'.join(Path(path).parts[-2:])
+        for part in tqdm(find_slabs(source), desc=title, unit='slab', leave=False, disable=None):
+            slab = source[part]
+            if stem == 'masks':
+                counts.append(count_mask_values(path, slab, part.start))
+            slab = convert(slab, target.dtype)
+            if stem == 'images':
+                highest.append(highest_value(path, slab, part.start))
+            write_compared(target, part, slab)
+        if stem == 'images' and max(highest) <= 1:
+            raise InputError(f'{path}: no value is above 1; images are expected as 0 to 255')
         if stem == 'masks':
-            shape = source.shape[:1]
-            known_masks = file.create_dataset(KNOWN_MASKS, shape, np.uint8, chunks=shape, fletcher32=True)
+            known_masks = find_known_masks(path, np.concatenate(counts))
+            record = file.create_dataset(KNOWN_MASKS, known_masks.shape, np.uint8, fletcher32=True)
+            write_compared(record, np.s_[:], known_masks)
         copy_attributes(source, target)
         copy_attributes(source.file, file)
         for name in source.file:
-            if name not in file:  # whatever else the file holds goes along
+            if name not in file:
                 if has_own(source.file, name):
                     source.file.copy(name, file)
                 else:
                     file[name] = source.file.get(name, getlink=True)
-        starts = slab_starts(source)
-        title = '/'.join(Path(source_path).parts[-2:])
-        for start in tqdm(starts, desc=title, unit='slab', leave=False, disable=None):
-            part = slice(start, start + starts.step)
-            slab = source[part]
-            if stem == 'masks':
-                counts.append(count_mask_values(source_path, slab, start))
-            slab = np.ascontiguousarray(convert(slab, target.dtype))
-            if stem == 'images' and slab.dtype != np.uint8:
-                check_range(source_path, slab, start)
-            write_compared(target, part, slab)
-        if stem == 'masks':
-            write_compared(known_masks, np.s_[:], find_known_masks(source_path, np.concatenate(counts)))
-
-
-def find_source(file, stem):
-    """The dataset to rechunk; a file may hold nothing but the study's `chunked_` copy."""
-    return find_dataset(file, f'chunked_{stem}' if f'chunked_{stem}' in file and stem not in file else stem)
 
 
 def needs_rechunking(path, checksums):
-    """Whether the file is not yet as `rechunk_file` leaves it; raises InputError if it cannot be rechunked."""
+    """Whether the file is not yet as `rechunk_file` leaves it."""
     with reading_h5(path) as file:
-        find_source(file, path.stem)
         return not is_rechunked(file, path.stem, checksums)
 
 
 def write_rechunked(path, new_path, checksums):
     """Write the file at `path` rechunked to `new_path`; returns the number of samples."""
+    stem, chunked = path.stem, f'chunked_{path.stem}'
     with reading_h5(path) as file:
-        source = find_source(file, path.stem)
+        # A file may hold nothing but the study's `chunked_` copy.
+        source = find_dataset(file, chunked if chunked in file and stem not in file else stem)
         try:
-            compact = np.dtype(np.uint8) if source.ndim == 4 else source.dtype
-            copy_rechunked(source, new_path, compact, checksums)
+            copy_rechunked(source, stem, new_path, np.uint8 if source.ndim == 4 else source.dtype, checksums)
         except LossyConversion:
-            copy_rechunked(source, new_path, source.dtype, checksums)
+            copy_rechunked(source, stem, new_path, source.dtype, checksums)
         return len(source)
 
 
 def rechunk_file(path, force=False, checksums=False):
     """Rechunk one file, named after its dataset; returns the number of samples, None if there was nothing to do.
 
-    Masks become uint8. Images do if all values are whole and from 0 to 255, and keep their type otherwise. Raises
-    InputError for a file that is missing, damaged or of another shape, and for masks of other values than 0, 1
-    and 255.
+    Masks become uint8. Images do if all values are whole numbers, and keep their type otherwise. Raises InputError
+    for a file that is damaged or of another shape, for images with values outside 0 to 255 or none above 1, and for
+    masks of other values than 0, 1 and 255.
     """
     path = Path(path)
-    seconds = 60 + size_of(path) // 10**6  # of CPU time; a valid file takes far less than a second per MB
-    if not in_own_process(seconds, needs_rechunking, path, checksums) and not force:
+    seconds = 60 + path.stat().st_size // 10**6  # of CPU time; a valid file takes far less than a second per MB
+    if not force and not in_own_process(seconds, needs_rechunking, path, checksums):
         return None
-    with lock_folder(os.path.dirname(os.path.realpath(path))), replacing(path) as new_path:
+    with lock_folder(path.resolve().parent), replacing(path) as new_path:
         return in_own_process(seconds, write_rechunked, path, new_path, checksums)
-
-
-def size_of(path):
-    """Bytes of the file, 0 if there is none."""
-    return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
 def rechunk(root, force=False, checksums=False):
     """Rechunk every file of every split under `root`, or under the folds in it, and print a line for each."""
     roots = [Path(root), *sorted(Path(root).glob('fold[0-9]*'))]
-    folders = [each / split for each in roots for split in SPLITS if (each / split).is_dir()]
+    folders = [folder / split for folder in roots for split in SPLITS if (folder / split).is_dir()]
     if not folders:
         raise InputError(f'{root}: no folder train, val or test in it; data_prepare.py makes them')
-    for folder in folders:
-        for stem in SHAPES:
-            path = folder / f'{stem}.h5'
-            if stem in OPTIONAL and not path.exists():
-                continue
-            before, start = size_of(path), time.perf_counter()
-            count = rechunk_file(path, force, checksums)
-            if count is None:
-                print(f'{path}: already rechunked, nothing to do')
-            else:
-                sizes = f'{before / 1e6:.1f} MB -> {size_of(path) / 1e6:.1f} MB'
-                print(f'{path}: {count} samples, {sizes}, {time.perf_counter() - start:.1f} s')
+    for path in [folder / f'{stem}.h5' for folder in folders for stem in SHAPES]:
+        if path.stem in OPTIONAL and not path.exists():
+            continue
+        require_file(path, 'data_prepare.py makes it')
+        start, before = time.perf_counter(), path.stat().st_size
+        count = rechunk_file(path, force, checksums)
+        if count is None:
+            print(f'{path}: already rechunked, nothing to do')
+        else:
+            sizes = f'{before / 1e6:.1f} MB -> {path.stat().st_size / 1e6:.1f} MB'
+            print(f'{path}: {count} samples, {sizes}, {time.perf_counter() - start:.1f} s')
 
 
 def main(argv=None):

@@ -54,26 +54,21 @@ def is_rechunked(file, stem, checksums=False):
     if not has_metadata_checksums(file) or not has_own(file, stem) or not has_own(file, f'chunked_{stem}'):
         return False
     dataset = find_dataset(file, f'chunked_{stem}')
+    if stem == 'images' and dataset.dtype != np.uint8 and dataset.dtype.kind != 'f':
+        return False
     if stem == 'masks' and (dataset.dtype != np.uint8 or read_known_masks(file, len(dataset)) is None):
         return False
-    return file[stem] == dataset and dataset.chunks == target_chunks(dataset) and dataset.fletcher32 >= checksums
+    if checksums and not dataset.fletcher32:
+        return False
+    return file[stem] == dataset and dataset.chunks == target_chunks(dataset)
 
 
 def read_known_masks(file, count):
-    """(N,) bool: which of the `count` masks of an open file are known.
-
-    None without a record, or if it is damaged or of another form than data_rechunk.py writes.
-    """
-    record = file.get(KNOWN_MASKS) if has_own(file, KNOWN_MASKS) else None
-    if not isinstance(record, h5py.Dataset) or not record.shape == record.chunks == (count,):
+    """(N,) bool: which of the `count` masks of an open file are known; None without such a record."""
+    record = file[KNOWN_MASKS] if has_own(file, KNOWN_MASKS) else None
+    if not isinstance(record, h5py.Dataset) or record.shape != (count,) or record.dtype != np.uint8:
         return None
-    if record.dtype != np.uint8 or not record.fletcher32:
-        return None
-    try:
-        values = record[()]
-    except OSError:  # its checksum
-        return None
-    return values == 1 if values.max() <= 1 else None
+    return record[()] == 1
 
 
 def has_metadata_checksums(file):
@@ -151,6 +146,15 @@ def find_dataset(file, key):
     return dataset
 
 
+def find_rechunked(file, path):
+    """The dataset of a file that was opened at `path`; raises InputError unless data_rechunk.py wrote it."""
+    if not is_rechunked(file, path.stem):
+        raise InputError(
+            f'{path}: not as data_rechunk.py stores it; run python data_rechunk.py --data {path.parent.parent}'
+        )
+    return find_dataset(file, f'chunked_{path.stem}')
+
+
 # ---- attributes: text of fixed length
 #
 # Variable-length text lies in the one part of an HDF5 file without checksums, and damage there can hang HDF5.
@@ -188,11 +192,18 @@ def copy_attributes(source, target):
 def create_h5(path):
     """Yield a new h5py.File; raises an OSError that names `path` if it cannot all be written.
 
-    In the format of HDF5 1.10, whose own structures have checksums. Without a chunk cache, because HDF5
-    crashes when it writes cached chunks to a full disk while it closes the file.
+    In the format of HDF5 1.10, whose own structures have checksums. Without buffers for values, because HDF5 crashes
+    when it writes them to a full disk while it closes a dataset. Without a lock, which some file systems do not
+    have: nobody else knows the new file.
     """
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_LATEST)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)  # as h5py.File does
+    access.set_cache(0, 1, 0, 0)
+    access.set_sieve_buf_size(0)
+    access.set_file_locking(False, False)
     try:
-        with h5py.File(path, 'w', libver='v110', rdcc_nbytes=0) as file:
+        with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, fapl=access)) as file:
             yield file
     except H5_ERRORS as error:
         number = re.search(r'errno = (\d+)', str(error))
@@ -213,11 +224,8 @@ class SampleReader:
     def __init__(self, path):
         # Without a chunk cache, a chunk goes straight to the array that asks for it.
         self.path, self.dataset = path, open_h5(path, rdcc_nbytes=0)[f'chunked_{path.stem}']
-        self.shape, self.dtype = self.dataset.shape[1:], self.dataset.dtype
-        if self.dtype.kind == 'f':
-            self.dtype = np.dtype(np.float32)  # HDF5 converts while it reads
-        # Made once: for each sample, they cost as much as the reading.
-        self.source, self.target = self.dataset.id.get_space(), h5py.h5s.create_simple(self.shape)
+        self.shape = self.dataset.shape[1:]
+        self.dtype = np.dtype(np.float32 if self.dataset.dtype.kind == 'f' else np.uint8)
         # Without filters (checksums are one) and conversion, the stored chunk is the sample.
         filters = self.dataset.id.get_create_plist().get_nfilters()
         self.as_stored = not filters and self.dtype == self.dataset.dtype
@@ -228,8 +236,7 @@ class SampleReader:
             if self.as_stored:
                 self.dataset.id.read_direct_chunk((index, 0, 0, 0), out=out.reshape(-1).view(np.uint8))
             else:
-                self.source.select_hyperslab((index, 0, 0, 0), (1, *self.shape))
-                self.dataset.id.read(self.target, self.source, out)
+                self.dataset.read_direct(out, index)  # HDF5 converts
         except H5_ERRORS as error:
             raise InputError(f'{self.path}: sample {index} is damaged ({reason(error)}); make the file again') from None
 

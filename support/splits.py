@@ -1,107 +1,81 @@
-"""The files of a split: whether they are rechunked and belong together, and the values of their labels.
+"""A split of the prepared and rechunked data: what its files hold besides pixels, checked. Imports no torch.
 
-Which masks are known is read from what data_rechunk.py recorded, so a split of any size is opened at once.
-Imports no torch.
+Which masks are known is read from what data_rechunk.py recorded, so a split of any size opens at once.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from support.cli import InputError, are_names
-from support.hdf5 import (
-    OPTIONAL,
-    SHAPES,
-    find_dataset,
-    fingerprint,
-    has_own,
-    is_rechunked,
-    read_known_masks,
-    read_text,
-    reading_h5,
-)
+from support.hdf5 import OPTIONAL, SHAPES, find_rechunked, fingerprint, has_own, read_known_masks, read_text, reading_h5
 
 SPECIES = ('cat', 'dog')
 
 
 class Split(NamedTuple):
-    """What `open_split` finds; N is the number of samples."""
+    """What `read_split` finds; N is the number of samples."""
 
-    image_size: tuple  # (height, width)
-    preparation: str | None  # shared by all files of one run of data_prepare.py
-    fingerprints: dict  # {stem: `hdf5.fingerprint`}
+    image_size: tuple  # (height, width) of the stored images
+    preparation: str | None  # identifies what data_prepare.py wrote; None for files made elsewhere
     class_names: list  # of str, the name of each label
     class_species: list  # of str, 'cat' or 'dog' for each label; None if its samples are of none or both
     labels: np.ndarray  # (N,) int64, -1 unknown
     bboxes: np.ndarray  # (N, 4) float32: xmin, ymin, xmax, ymax in pixels, NaN unknown
-    has_mask: np.ndarray  # (N,) bool: whether any pixel of the mask is known
+    known: dict  # {'mask', 'class', 'box': (N,) bool}, whether the sample has the label
+    fingerprints: dict  # {stem: `hdf5.fingerprint`}, to notice files that are replaced by others
 
 
-def open_split(folder, label):
-    """The Split in a folder; `label` as for MTLDataset. Raises InputError for files that cannot be used."""
-    paths = {stem: folder / f'{stem}.h5' for stem in SHAPES}
-    files = {}
-    for stem, path in paths.items():
-        if stem not in OPTIONAL or label == 'breed' or path.exists():
-            files[stem] = read_split_file(path)
-    check_same(folder, 'lengths', {stem: file.length for stem, file in files.items()})
-    check_same(folder, 'sizes', {stem: files[stem].size for stem in ('images', 'masks')})
-    check_same(folder, 'preparations', {stem: file.preparation for stem, file in files.items()})
-    species = check_labels(paths['binary'], files['binary'].table, len(SPECIES))
+def read_split(folder, label='auto'):
+    """The Split in `folder`.
+
+    `label` is 'breed' (breeds.h5), 'species' (binary.h5) or 'auto': the breed if there is a breeds.h5. Raises
+    InputError for files that are missing, damaged, not rechunked or of different preparations, and for labels
+    and boxes that cannot be.
+    """
+    folder, tables, fingerprints, preparations = Path(folder), {}, {}, {}
+    for stem in SHAPES:
+        path = folder / f'{stem}.h5'
+        if stem in OPTIONAL and label != 'breed' and not path.exists():
+            continue
+        with reading_h5(path) as file:
+            dataset = find_rechunked(file, path)
+            fingerprints[stem] = fingerprint(dataset)
+            preparations[stem] = read_text(dataset.attrs, 'preparation')
+            if stem == 'masks':
+                known_masks = read_known_masks(file, len(dataset))
+            elif stem != 'images':
+                tables[stem] = dataset[()]
+            if stem == 'breeds':
+                breed_names = read_text(dataset.attrs, 'class_names')
+    shapes = {stem: shape for stem, (shape, *_) in fingerprints.items()}
+    check_same(folder, 'lengths', {stem: shape[0] for stem, shape in shapes.items()})
+    check_same(folder, 'sizes', {stem: shapes[stem][1:3] for stem in ('images', 'masks')})
+    check_same(folder, 'preparations', preparations)
+    species = check_labels(folder / 'binary.h5', tables['binary'], len(SPECIES))
     labels, class_names = species, list(SPECIES)
-    if 'breeds' in files and label != 'species':
-        class_names = check_class_names(paths['breeds'], files['breeds'].class_names)
-        labels = check_labels(paths['breeds'], files['breeds'].table, len(class_names))
-    size = files['images'].size
+    if 'breeds' in tables and label != 'species':
+        class_names = check_class_names(folder / 'breeds.h5', breed_names)
+        labels = check_labels(folder / 'breeds.h5', tables['breeds'], len(class_names))
+    image_size = shapes['images'][1:3]
+    bboxes = check_boxes(folder / 'bboxes.h5', tables['bboxes'], *image_size)
     return Split(
-        image_size=size,
-        preparation=files['images'].preparation,
-        fingerprints={stem: file.fingerprint for stem, file in files.items()},
+        image_size=image_size,
+        preparation=preparations['images'],
         class_names=class_names,
-        class_species=[find_species(species[labels == label]) for label in range(len(class_names))],
+        class_species=[find_species(species[labels == number]) for number in range(len(class_names))],
         labels=labels,
-        bboxes=check_boxes(paths['bboxes'], files['bboxes'].table, *size),
-        has_mask=files['masks'].known_masks,
+        bboxes=bboxes,
+        known={'mask': known_masks, 'class': labels >= 0, 'box': ~np.isnan(bboxes).any(axis=1)},
+        fingerprints=fingerprints,
     )
 
 
 def find_species(numbers):
     """The one of SPECIES that all known `numbers` stand for, else None."""
-    known = set(numbers[numbers >= 0].tolist())
-    return SPECIES[known.pop()] if len(known) == 1 else None
-
-
-class SplitFile(NamedTuple):
-    """What `read_split_file` finds."""
-
-    length: int  # number of samples
-    size: tuple | None  # (height, width) of images and masks
-    preparation: str | None
-    fingerprint: tuple
-    table: np.ndarray | None  # boxes or labels as they are stored
-    class_names: list | None  # of breeds.h5
-    known_masks: np.ndarray | None  # (N,) bool, of masks.h5
-
-
-def read_split_file(path):
-    """The SplitFile at `path`; raises InputError unless it is as data_rechunk.py writes it."""
-    rechunk = f'run python data_rechunk.py --data {path.parent.parent}'
-    with reading_h5(path) as file:
-        if not has_own(file, f'chunked_{path.stem}'):
-            raise InputError(f"{path}: no 'chunked_{path.stem}'; {rechunk}")
-        if not is_rechunked(file, path.stem):
-            raise InputError(f'{path}: not as data_rechunk.py stores it; {rechunk}')
-        dataset = find_dataset(file, f'chunked_{path.stem}')
-        check_type(path, dataset)
-        return SplitFile(
-            length=len(dataset),
-            size=tuple(map(int, dataset.shape[1:3])) if dataset.ndim == 4 else None,
-            preparation=read_text(dataset.attrs, 'preparation'),
-            fingerprint=fingerprint(dataset),
-            table=dataset[()] if dataset.ndim == 2 else None,
-            class_names=read_text(dataset.attrs, 'class_names'),
-            known_masks=read_known_masks(file, len(dataset)) if path.stem == 'masks' else None,
-        )
+    found = set(numbers[numbers >= 0].tolist())
+    return SPECIES[found.pop()] if len(found) == 1 else None
 
 
 def read_names(folder, count):
@@ -116,15 +90,6 @@ def read_names(folder, count):
     return [name.decode(errors='replace') for name in names.tolist()]
 
 
-def check_same(folder, what, values):
-    """Raises InputError unless all of {stem: value} are equal."""
-    if len(set(values.values())) > 1:
-        listed = ', '.join(f'{stem} {value}' for stem, value in values.items())
-        raise InputError(
-            f'{folder}: the files do not belong together, their {what} differ: {listed}; prepare them again'
-        )
-
-
 def limited(items, limit):
     """At most `limit` of the list `items`, taken at regular intervals; all of them for None."""
     count = min(limit or len(items), len(items))
@@ -134,12 +99,13 @@ def limited(items, limit):
 # ---- values
 
 
-def check_type(path, dataset):
-    """Raises InputError for images that seem to be scaled to [0, 1] or are of a type that rechunking never leaves."""
-    if path.stem == 'images' and dataset.dtype.kind != 'f' and dataset.dtype != np.uint8:
-        raise InputError(f'{path}: {dataset.dtype}; data_rechunk.py --force stores it as uint8')
-    if path.stem == 'images' and dataset.dtype.kind == 'f' and dataset[0].max() <= 1:
-        raise InputError(f'{path}: the first image has no value above 1; images are expected as 0 to 255')
+def check_same(folder, what, values):
+    """Raises InputError unless all of {stem: value} are equal."""
+    if len(set(values.values())) > 1:
+        listed = ', '.join(f'{stem} {value}' for stem, value in values.items())
+        raise InputError(
+            f'{folder}: the files do not belong together, their {what} differ: {listed}; prepare them again'
+        )
 
 
 def check_class_names(path, names):
