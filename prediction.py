@@ -1,13 +1,14 @@
 """What a trained model finds in photographs: the pet's mask, its breed and the box of its head.
 
 from prediction import cutout, load_model, predict
-model = load_model('mtl_model.pt')
+model = load_model()
 prediction = predict(model, 'cat.jpg')
 print(prediction.breed, prediction.probability, prediction.bbox, prediction.mask.mean())
 cutout('cat.jpg', prediction).save('cutout.png')
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from io import IOBase
 from itertools import islice
@@ -20,25 +21,23 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dataloader_mtl import normalise
-from models import FlipAveraged, load_model  # noqa: F401, load_model for those who import predict
+from models import FlipAveraged, load_model
 from support.cli import InputError
-from support.files import UnreadableFile, read_image, to_rgb  # noqa: F401, UnreadableFile for those who catch it
+from support.files import UnreadableFile, read_image, to_rgb
+
+__all__ = ['Prediction', 'UnreadableFile', 'cutout', 'load_model', 'predict']
 
 LIKELIEST = 5  # breeds of a Prediction
-EXPECTED = (
-    'expected a path, a PIL image, a uint8 array (H, W, 3) or (H, W), a uint8 tensor (3, H, W), or a list or an '
-    'iterator of these'
-)
 
 
 class Prediction(NamedTuple):
-    """What `predict` finds in an image of H x W pixels; what the model has no task for is None."""
+    """What `predict` finds in an image of H x W pixels; None for a task that the model does not have."""
 
     breed: str | None  # the likeliest
     probability: float | None  # of that breed, in [0, 1]
     breeds: list | None  # the five likeliest, (breed, probability), the likeliest first
-    species: str | None  # 'cat' or 'dog'; None, too, if the model file does not know those of its breeds
-    species_probability: float | None  # the sum over its breeds, in [0, 1]
+    species: str | None  # 'cat' or 'dog'; also None if the model file does not know the species of its breeds
+    species_probability: float | None  # the sum over the breeds of that species, in [0, 1]
     bbox: tuple | None  # xmin, ymin, xmax, ymax of the head in pixels, float
     mask: np.ndarray | None  # (H, W) bool, True where the pet is
     mask_probability: np.ndarray | None  # (H, W) float32 in [0, 1]; the mask is where it is above 0.5
@@ -50,18 +49,17 @@ def predict(model, images, flip=False, batch_size=4, device=None):
     Args:
         images: an image: a path, a PIL image of any mode, a uint8 array (H, W, 3) RGB or (H, W) grey, or a uint8
             tensor (3, H, W), of any size. Or a list or tuple of images, or an iterator of them.
-        flip: average over the image and its mirror image: a box IoU higher by about 0.015, in twice the time. The
-            default is the fast way, as masks and breeds hardly gain.
-        batch_size: images that go through the network together; more pays on a GPU alone.
-        device: where to move the model first, such as 'cuda'; None leaves it where it is.
+        flip: average over the image and its mirror image, which takes twice the time. The head boxes get better (IoU
+            higher by about 0.015), masks and breeds hardly.
+        batch_size: images that go through the network together; more than 4 are faster only on a GPU.
+        device: move the model there first, such as to 'cuda'; None leaves it where it is.
 
     Returns a Prediction for an image, a list of them in order for a list, and an iterator of them for an iterator,
-    which holds one batch of images, at the size of the model, at any time. Paths and PIL images are rotated as their
-    EXIF says, as viewers show them; arrays and tensors are taken as they are.
+    which is read one batch at a time. Paths and PIL images are rotated as their EXIF says, as viewers show them; arrays
+    and tensors are taken as they are. `model` must be in evaluation mode, as `load_model` leaves it.
 
-    `model` is in evaluation mode, as `load_model` leaves it. Raises ValueError for anything else, UnreadableFile for a
-    file that is no image, and InputError for a model that gives numbers that are not finite; for an image of a batch,
-    before the first prediction of the batch.
+    Raises UnreadableFile for a file that is no image, ValueError for anything else that is none, and InputError if the
+    model's outputs are not finite. An image that cannot be used raises before any of its batch is predicted.
     """
     if batch_size < 1:
         raise ValueError(f'batch_size {batch_size}; expected 1 or more')
@@ -77,22 +75,23 @@ def predict(model, images, flip=False, batch_size=4, device=None):
 
 
 def iterate(network, model, images, batch_size):
-    """Yield a Prediction of `network`, `model` or its FlipAveraged, for each of `images`."""
+    """Yield a Prediction for each of `images`; `network` is `model` or its FlipAveraged."""
     images = iter(images)
     height, width = model.image_size
+    device = next(model.parameters()).device
     while True:
-        batch, sizes = [], []
+        resized, sizes = [], []  # of a batch; photographs at their own size would fill the memory
         for image in map(to_image, islice(images, batch_size)):
-            batch.append(pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR)))
+            resized.append(pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR)))
             sizes.append(image.size)
-        if not batch:
+        if not resized:
             return
-        device = next(model.parameters()).device
-        pixels = torch.stack(batch).to(device).contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
+        pixels = torch.stack(resized).to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
         with torch.inference_mode():
             outputs = network(normalise(pixels))
         for row, size in enumerate(sizes):
-            yield make_prediction(model, *(each if each is None else each[row] for each in outputs), size)
+            label, mask, bbox = (None if output is None else output[row] for output in outputs)
+            yield make_prediction(model, label, mask, bbox, size)
 
 
 def to_image(image):
@@ -110,47 +109,49 @@ def to_image(image):
 
 
 def refuse(value):
-    """Raise the ValueError for what is no image."""
+    """Raise the ValueError for a value that is no image."""
     found = type(value).__name__
     if isinstance(value, (np.ndarray, torch.Tensor)):
         found += f' {tuple(value.shape)} of {value.dtype}'
     elif isinstance(value, Image.Image):
         found += f' of {value.width} x {value.height} pixels'
-    raise ValueError(f'{EXPECTED}; found {found}')
+    raise ValueError(
+        'expected a path, a PIL image, a uint8 array (H, W, 3) or (H, W), a uint8 tensor (3, H, W), or a list or an '
+        f'iterator of these; found {found}'
+    )
 
 
 @torch.inference_mode()
 def make_prediction(model, label, mask, bbox, size):
-    """The Prediction from one image's Outputs and its (width, height)."""
+    """The Prediction from the Outputs for one image, without their N, and its size (width, height)."""
     if not all(output.isfinite().all() for output in (label, mask, bbox) if output is not None):
-        raise InputError('the model gives no finite numbers for this photograph; train it again')
-    fields = dict.fromkeys(Prediction._fields)
+        raise InputError('the outputs of the model are not finite for this photograph; train it again')
+    found = dict.fromkeys(Prediction._fields)
     if label is not None:
         probabilities = label.double().softmax(dim=0).tolist()
-        ranked = sorted(zip(model.class_names, probabilities), key=lambda each: -each[1])
-        fields['breed'], fields['probability'] = ranked[0]
-        fields['breeds'] = ranked[:LIKELIEST]
-        sums = {}
-        for species, probability in zip(model.class_species, probabilities):
-            sums[species] = sums.get(species, 0) + probability
-        sums.pop(None, None)
-        if sums:
-            fields['species'] = max(sums, key=sums.get)
-            fields['species_probability'] = min(1.0, sums[fields['species']])
+        found['breeds'] = sorted(zip(model.class_names, probabilities), key=lambda pair: -pair[1])[:LIKELIEST]
+        found['breed'], found['probability'] = found['breeds'][0]
+        species = Counter()
+        for name, probability in zip(model.class_species, probabilities):
+            species[name] += probability
+        del species[None]  # breeds whose species is unknown
+        if species:
+            found['species'], total = species.most_common(1)[0]
+            found['species_probability'] = min(1.0, total)  # rounding may have made it more
     if bbox is not None:
-        fields['bbox'] = tuple((bbox.double().cpu() * torch.tensor([*size, *size])).tolist())
+        found['bbox'] = tuple((bbox.double().cpu() * torch.tensor([*size, *size])).tolist())
     if mask is not None:
         logits = F.interpolate(mask[None], size=size[::-1], mode='bilinear', align_corners=False)[0, 0]
-        fields['mask_probability'] = logits.sigmoid().float().cpu().numpy()
-        fields['mask'] = fields['mask_probability'] > 0.5
-    return Prediction(**fields)
+        found['mask_probability'] = logits.sigmoid().float().cpu().numpy()
+        found['mask'] = found['mask_probability'] > 0.5
+    return Prediction(**found)
 
 
 def cutout(image, prediction):
-    """The pet on transparent ground: a PIL image, RGBA, of the size of `image`, as `predict` takes one.
+    """The pet on a transparent background: a PIL image, RGBA, of the size of `image`, which is as for `predict`.
 
     Opaque where the mask's probability is above 3/4, transparent where it is below 1/4, in between in proportion.
-    Raises ValueError for the prediction of an image of another size or of a network without masks.
+    Raises ValueError if the prediction is of an image of another size or has no mask.
     """
     picture = to_image(image)
     found = np.shape(prediction.mask_probability)

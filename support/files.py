@@ -18,7 +18,7 @@ except ImportError:  # Windows: nothing keeps two writers apart
 
 
 def require_file(path, hint):
-    """Raises InputError, ending with `hint`, unless `path` is a regular file: reading a pipe would block."""
+    """Raise InputError, ending with `hint`, unless `path` is a regular file: reading a pipe would block."""
     if not os.path.isfile(path):
         found = 'is not a file' if os.path.exists(path) else 'no such file'
         raise InputError(f'{path}: {found}; {hint}')
@@ -31,13 +31,13 @@ def require_file(path, hint):
 def replacing(path):
     """Yield a path beside `path` to write to; when the block ends well, it is synced and renamed to `path`.
 
-    At every moment `path` is the whole old file or the whole new one. If the block raises, the new file is
-    removed. An OSError without another file's name becomes an InputError that names `path`.
+    At every moment `path` is the whole old file or the whole new one. If the block raises, the new file is removed.
+    An OSError becomes an InputError that names `path`, unless it has the name of another file.
     """
     target = Path(os.path.realpath(path))  # a link's target is replaced, not the link
-    if target.exists() and not target.is_file():  # a folder, or a device or a pipe, which would be replaced, too
+    if target.exists() and not target.is_file():  # a rename would replace a device or a pipe, too
         raise InputError(f'{target}: is not a file; expected the name of a file to write')
-    # With the process's number, two processes that write one path cannot mix their files.
+    # With the process's number, so that two processes that write to one path cannot mix their files.
     part = target.with_name(f'{target.name}.{os.getpid()}.part')
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,26 +50,24 @@ def replacing(path):
             raise
         raise InputError(f'{target}: cannot be written and is left as it was ({reason(error)})') from None
     finally:
-        with suppress(OSError):  # there may be no such folder
+        with suppress(OSError):  # it has been renamed, or never was
             part.unlink()
 
 
 def sync(path):
     """Wait until the disk has the file, or the folder's list of files."""
     if path.is_dir() and os.name != 'posix':
-        return
+        return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
 
 
 def write_file(path, save):
     """Put what `save(file)` writes to a binary file in the place of `path`, whole or not at all."""
-    content = io.BytesIO()  # libraries that write to a full disk themselves each fail in their own way
+    content = io.BytesIO()  # in memory first, because each library fails in its own way on a full disk
     save(content)
     with replacing(path) as part:
         part.write_bytes(content.getbuffer())
@@ -77,10 +75,10 @@ def write_file(path, save):
 
 @contextmanager
 def lock_folder(folder):
-    """Make `folder` and keep other processes that lock it out; raises InputError if one is in there.
+    """Make `folder` and lock it for this process; raises InputError if another process has locked it.
 
-    The system drops the lock when this process ends, even if it is killed. Child processes do not inherit
-    it. What a killed process left half written is removed. File systems without locks are not locked.
+    The lock ends with this process, even if it is killed, and child processes do not inherit it. What a killed process
+    left half written is removed. On a file system without locks, nothing keeps other processes out.
     """
     folder = Path(folder)
     try:
@@ -96,7 +94,7 @@ def lock_folder(folder):
             raise InputError(
                 f'{folder}: another process is writing to this folder; wait for it, stop it, or choose another folder'
             ) from None
-        except OSError:  # a network drive without locks
+        except OSError:  # a file system without locks, as of some network drives
             pass
         for part in folder.glob('*.*.[0-9]*.part'):  # as `replacing` names them
             part.unlink(missing_ok=True)
@@ -106,7 +104,7 @@ def lock_folder(folder):
 # ---- reading images from elsewhere
 
 
-# What cameras, phones and browsers write. Pillow knows others, and starts a program for one of them (EPS).
+# What cameras, phones and browsers write. Pillow reads others, too, and starts a program for one of them (EPS).
 IMAGE_FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'AVIF')
 
 
@@ -117,12 +115,11 @@ class UnreadableFile(Exception):
 @contextmanager
 def open_image(path):
     """Yield the file's PIL image; whatever Pillow raises, also in the block, becomes UnreadableFile."""
-    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device can block for ever
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would block
         raise UnreadableFile(f'{path}: is not a file')
     try:
         with warnings.catch_warnings():
-            # Warnings about readable files: very large, palette transparency, damaged EXIF.
-            warnings.simplefilter('ignore')
+            warnings.simplefilter('ignore')  # about files that can be read: very large, damaged EXIF
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 yield image
     except Exception as error:  # damaged files make Pillow's decoders raise errors of any type
@@ -141,9 +138,9 @@ def to_rgb(image):
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     elif image.mode.startswith(('I', 'F')):
-        # Pillow clips grey of 16 bits and float at 255 instead of scaling it.
+        # Grey of 16 bits and float, which Pillow clips at 255 instead of scaling.
         values = np.nan_to_num(np.asarray(image))
-        # Floats in [0, 1] may overshoot after resizing; of 0 to 255, an image up to 2 would be black.
+        # Floats up to 2 are in [0, 1], with an overshoot from resizing: an image of 0 to 255 would be black.
         scale = 255 if image.mode == 'F' and values.max() <= 2 else 1 / 256 if values.max() > 255 else 1
         image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
     return image.convert('RGB')

@@ -1,16 +1,24 @@
 """Pictures and predictions from a trained model."""
 
 import json
+import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import mtl_vis
-from models import NETWORKS, SharedEncoderNet, UNet, load_model, model_content
-from mtl_vis import main, predict
+from dataloader_mtl import MTLDataset
+from models import BoxNet, UNet, load_model, model_content
+from mtl_vis import PREDICTED, TARGET, main
+from prediction import predict
 from support.checkpoint import save_checkpoint
 from support.cli import run_script
 
@@ -25,89 +33,95 @@ def photograph(path, size=(90, 70), mode='RGB'):
     return path
 
 
+def write_model(path, network):
+    save_checkpoint(path, model_content(network(), ['cat', 'dog'], ['cat', 'dog'], (64, 64)))
+    return path
+
+
+# ---- test pets
+
+
+def colours(panel):
+    return {'#' + bytes(pixel).hex() for pixel in panel.flatten(1).T.tolist()}
+
+
 def test_test_pets_are_drawn_with_target_and_predicted_mask(model_path, shared_data, tmp_path, monkeypatch):
     rows, original = [], mtl_vis.save_picture
     monkeypatch.setattr(mtl_vis, 'save_picture', lambda r, path: (rows.extend(r), original(r, path)))
     run('--model', model_path, '--data', shared_data, '--out', tmp_path / 'mask.png', '--count', '3')
     assert Image.open(tmp_path / 'mask.png').size == (3 * (256 + 44), 3 * (256 + 44))
+    stored, _, masks = MTLDataset('test', root=shared_data).read(list(range(12)))
     for row in rows:
-        assert [title for title, _ in row][1:] == ['Target Mask', 'Predicted Mask']
-        for _, panel in row[1:]:  # masks, not logits
-            assert set(panel.unique().tolist()) <= {0, 255}
+        titles, (pet, target, predicted) = zip(*row)
+        assert titles[0].split('\n')[1].startswith('is ') and titles[1:] == ('Target Mask', 'Predicted Mask')
+        assert any(torch.equal(target[0, ::4, ::4], mask[0] * 255) for mask in masks)
+        assert colours(target) == {'#000000', '#ffffff'} and colours(predicted) <= {'#000000', '#ffffff'}
+        assert PREDICTED in colours(pet)
+        assert max((pet[:, ::4, ::4] == image).float().mean() for image in stored) > 0.7  # all but the boxes
+    assert any(TARGET in colours(row[0][1]) for row in rows)
 
 
-def test_photographs_give_a_line_a_mask_and_a_picture(model_path, tmp_path, capsys):
+def test_pets_with_unknown_labels_and_float_images_are_drawn(model_path):
+    image, mask = torch.full((1, 3, 64, 64), 200 / 255), torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
+    mask[..., :20], mask[..., 20:40] = 1, 255
+    dataset = SimpleNamespace(
+        read=lambda indices: (image, torch.full((1, 4), torch.nan), mask),
+        split=SimpleNamespace(labels=np.array([-1]), class_names=['a']),
+    )
+    (title, pet), (_, target), _ = mtl_vis.sample_row(load_model(model_path), dataset, 0, flip=False)
+    assert '\n' not in title and colours(pet) == {'#c8c8c8', PREDICTED}
+    assert target[0, 0, ::80].tolist() == [255, 128, 0, 0]
+
+
+# ---- photographs
+
+
+def test_photographs_give_a_line_each_and_a_picture(model_path, tmp_path, capsys):
     first = photograph(tmp_path / 'one.png', (300, 200))
     second = photograph(tmp_path / 'two.jpg', (120, 330), 'L')
-    run('--model', model_path, '--out', tmp_path / 'out.png', '--save-masks', tmp_path / 'masks', first, second)
+    run('--model', model_path, '--out', tmp_path / 'out.png', first, second)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f'{first}: ') and 'head ' in lines[0] and '% of the picture' in lines[0]
-    mask = Image.open(tmp_path / 'masks' / 'two_mask.png')
-    assert mask.size == (120, 330) and set(np.unique(mask)) <= {0, 255}
+    assert lines[2] == f'{tmp_path / "out.png"}: 2 photographs'
     # Two panels beside each other, at the photographs' own sizes, one row for each photograph.
     assert Image.open(tmp_path / 'out.png').size == (2 * (300 + 44), 200 + 330 + 2 * 44)
 
 
-def test_a_rotated_photograph_is_drawn_as_viewers_show_it(model_path, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new('RGB', (300, 200)).save(tmp_path / 'phone.jpg', exif=exif)
-    run('--model', model_path, '--out', tmp_path / 'out.png', '--save-masks', tmp_path, tmp_path / 'phone.jpg')
-    assert Image.open(tmp_path / 'phone_mask.png').size == (200, 300)
+def test_shipped_model_is_found_from_any_folder_and_a_notebooks_backend_does_no_harm(tmp_path):
+    photograph(tmp_path / 'one.png')
+    backend = {'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}  # which is not installed here
+    command = [sys.executable, ROOT / 'mtl_vis.py', 'one.png']
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | backend, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[1] == 'mask.png: 1 photograph', done.stderr
+    assert Image.open(tmp_path / 'mask.png').size == (2 * (256 + 44), 199 + 44)
 
 
-def test_large_photographs_are_drawn_smaller_but_measured_in_their_own_pixels(model_path, tmp_path, capsys):
-    path = tmp_path / 'large.png'
-    Image.new('RGB', (3200, 1000), 'brown').save(path)
-    run('--model', model_path, '--out', tmp_path / 'out.png', path)
-    assert Image.open(tmp_path / 'out.png').size[0] == 2 * (1600 + 44)
-    prediction = predict(load_model(model_path), Image.open(path))
-    assert f'head {prediction.bbox[0]:.0f} {prediction.bbox[1]:.0f}' in capsys.readouterr().out
-    assert prediction.mask.shape == (1000, 3200)
+def test_a_model_of_masks_only_draws_them_and_its_json_has_null_for_the_rest(shared_data, tmp_path, capsys):
+    options = '--model', write_model(tmp_path / 'best.pt', UNet), '--out', tmp_path / 'out.png'
+    run(*options, '--data', shared_data)
+    one = photograph(tmp_path / 'one.png')
+    run(*options, one)
+    assert capsys.readouterr().out.splitlines()[-2].startswith(f'{one}: mask ')
+    run(*options, '--json', '-', one)
+    record = json.loads(capsys.readouterr().out)
+    nulls = {'breed', 'probability', 'breeds', 'species', 'species_probability', 'bbox'}
+    assert {key for key, value in record.items() if value is None} == nulls
 
 
-def test_a_model_without_class_and_box_draws_its_mask(shared_data, tmp_path, capsys):
-    save_checkpoint(tmp_path / 'best.pt', model_content(UNet(), ['cat', 'dog'], ['cat', 'dog'], (64, 64)))
-    model, out = str(tmp_path / 'best.pt'), str(tmp_path / 'out.png')
-    run('--model', model, '--out', out, '--data', shared_data)
-    run('--model', model, '--out', out, photograph(tmp_path / 'one.png'))
-    assert capsys.readouterr().out.splitlines()[-2].startswith(f'{tmp_path / "one.png"}: mask ')
-
-
-@pytest.fixture
-def failing(capsys):
-    """Function that runs the script, which must end with exit status 1: (standard output, lines of errors)."""
-
-    def run_and_fail(*arguments):
-        capsys.readouterr()
+def test_photographs_that_cannot_be_read_are_named_and_stop_no_other(model_path, tmp_path, capsys):
+    missing, empty, text, loop = broken = [tmp_path / f'{name}.jpg' for name in ('missing', 'empty', 'text', 'loop')]
+    empty.touch(), text.write_text('no picture'), loop.symlink_to('loop.jpg')
+    sound, out, json_file = photograph(tmp_path / 'sound.png'), tmp_path / 'out.png', tmp_path / 'pets.jsonl'
+    for others, written in [[], False], [[sound], True]:
         with pytest.raises(SystemExit) as stopped:
-            run_script(lambda: run(*arguments))
+            run_script(partial(run, '--model', model_path, '--out', out, '--json', json_file, *broken, *others))
         printed = capsys.readouterr()
-        assert stopped.value.code == 1 and 'Traceback' not in printed.err
-        return printed.out, printed.err.splitlines()
-
-    return run_and_fail
-
-
-@pytest.mark.parametrize('content', [None, b'', b'no picture'])
-def test_a_photograph_that_cannot_be_read_is_named(model_path, tmp_path, failing, content):
-    path = tmp_path / 'cat.jpg'
-    if content is not None:
-        path.write_bytes(content)
-    out, errors = failing('--model', model_path, '--out', tmp_path / 'out.png', path)
-    assert errors[0].startswith(f'error: {path}: ') and errors[1:] == ['error: 1 of 1 photographs cannot be read']
-    assert out == '' and not (tmp_path / 'out.png').exists()
-
-
-def test_unreadable_photograph_does_not_stop_the_others(model_path, tmp_path, failing):
-    broken, sound = tmp_path / 'broken.jpg', photograph(tmp_path / 'sound.png')
-    broken.write_bytes(b'no picture')
-    options = '--model', model_path, '--out', tmp_path / 'out.png', '--json', tmp_path / 'pets.jsonl'
-    out, errors = failing(*options, broken, sound)
-    assert len(errors) == 2 and errors[0].startswith(f'error: {broken}: ')
-    assert errors[1] == 'error: 1 of 2 photographs cannot be read'
-    assert out.startswith(f'{sound}: ') and len((tmp_path / 'pets.jsonl').read_text().splitlines()) == 1
-    assert Image.open(tmp_path / 'out.png').size == (2 * (256 + 44), 199 + 44)
+        *errors, last = printed.err.splitlines()
+        assert stopped.value.code == 1
+        assert [line.startswith(f'error: {path}: ') for line, path in zip(errors, broken, strict=True)] == [True] * 4
+        assert last == f'error: 4 of {4 + len(others)} photographs cannot be read'
+        assert out.exists() == printed.out.startswith(f'{sound}: ') == written
+        assert [json.loads(line)['file'] for line in json_file.open()] == list(map(str, others))
 
 
 def write_kinds(folder):
@@ -117,30 +131,31 @@ def write_kinds(folder):
     Image.new('RGB', (300, 200), 'teal').save(folder / 'phone.jpg', exif=exif)
     Image.new('RGBA', (60, 40), (255, 0, 0, 128)).save(folder / 'alpha.png')
     Image.fromarray(np.full((50, 70), 40_000, np.uint16)).save(folder / 'deep.png')
-    Image.new('L', (30, 80), 99).save(folder / 'grey.jpg')
     Image.new('CMYK', (80, 30)).save(folder / 'print.jpg')
-    Image.new('RGB', (64, 64)).save(folder / 'web.webp')
-    Image.new('RGB', (6000, 4000), 'olive').save(folder / 'large.jpg')
-    Image.new('RGB', (10, 2000)).save(folder / 'strip.png')
-    sizes = {'phone': (200, 300), 'alpha': (60, 40), 'deep': (70, 50), 'grey': (30, 80), 'print': (80, 30)}
-    return sizes | {'web': (64, 64), 'large': (6000, 4000), 'strip': (10, 2000)}
+    Image.new('RGB', (3200, 1000), 'olive').save(folder / 'large.webp')
+    Image.new('L', (10, 2000)).save(folder / 'strip.png')
+    sizes = {'phone': (200, 300), 'alpha': (60, 40), 'deep': (70, 50), 'print': (80, 30)}
+    return sizes | {'large': (3200, 1000), 'strip': (10, 2000)}
 
 
-def test_photographs_of_all_kinds_give_masks_cutouts_and_json(model_path, tmp_path):
+def test_photographs_of_all_kinds_give_masks_cutouts_and_json_in_their_own_pixels(model_path, tmp_path):
     (tmp_path / 'in').mkdir()
-    sizes = write_kinds(tmp_path / 'in')
+    sizes, model = write_kinds(tmp_path / 'in'), load_model(model_path)
     outputs = '--save-masks', tmp_path / 'masks', '--cutouts', tmp_path / 'cutouts', '--json', tmp_path / 'pets.jsonl'
     run('--model', model_path, '--out', tmp_path / 'out.png', *outputs, tmp_path / 'in')
     records = [json.loads(line) for line in (tmp_path / 'pets.jsonl').read_text().splitlines()]
     assert len(records) == len(sizes)
     for record in records:
-        name = Path(record['file']).stem
+        name, expected = Path(record['file']).stem, predict(model, record['file'])
         assert (record['width'], record['height']) == sizes[name]
         assert record['breeds'][0] == {'breed': record['breed'], 'probability': record['probability']}
-        assert len(record['breeds']) == 5 and record['species'] in ('cat', 'dog') and len(record['bbox']) == 4
+        assert len(record['breeds']) == 5 and record['species'] in ('cat', 'dog')
+        assert record['bbox'] == list(expected.bbox) and record['mask_coverage'] == expected.mask.mean()
         mask, pet = (Image.open(tmp_path / f'{kind}s' / f'{name}_{kind}.png') for kind in ('mask', 'cutout'))
         assert mask.size == pet.size == sizes[name] and (mask.mode, pet.mode) == ('L', 'RGBA')
-        assert np.mean(np.asarray(mask) == 255) == pytest.approx(record['mask_coverage'])
+        assert np.array_equal(mask, expected.mask * 255)
+    # The large one is drawn smaller.
+    assert Image.open(tmp_path / 'out.png').size[0] == 2 * (1600 + 44)
 
 
 def test_json_on_standard_output_is_alone_there(model_path, tmp_path, capsys):
@@ -151,26 +166,20 @@ def test_json_on_standard_output_is_alone_there(model_path, tmp_path, capsys):
     assert printed.err == f'{tmp_path / "out.png"}: 2 photographs\n'
 
 
-def test_json_has_null_for_tasks_that_the_model_does_not_have(tmp_path, capsys):
-    save_checkpoint(tmp_path / 'best.pt', model_content(UNet(), ['cat', 'dog'], ['cat', 'dog'], (64, 64)))
-    options = '--model', tmp_path / 'best.pt', '--out', tmp_path / 'out.png', '--json', '-'
-    run(*options, photograph(tmp_path / 'one.png'))
-    record = json.loads(capsys.readouterr().out)
-    nulls = {'breed', 'probability', 'breeds', 'species', 'species_probability', 'bbox'}
-    assert {key for key, value in record.items() if value is None} == nulls
+# ---- which photographs, and where their files go
 
 
-def test_folder_of_300_shows_the_first_12_and_keeps_folders_apart(model_path, tmp_path, capsys):
+def test_folder_shows_the_first_12_and_keeps_its_folders_apart(model_path, tmp_path, capsys):
     folder = tmp_path / 'in'
     for part in 'a', 'b':
         (folder / part).mkdir(parents=True)
-        for number in range(150):
-            photograph(folder / part / f'{number:03}.JPG', (8, 6))
+        for number in range(7):
+            photograph(folder / part / f'{number}.JPG', (8, 6))
     (folder / 'notes.txt').write_text('no photograph')
     run('--model', model_path, '--out', tmp_path / 'out.png', '--cutouts', tmp_path / 'cutouts', folder)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 301 and lines[-1] == f'{tmp_path / "out.png"}: the first 12 of 300 photographs'
-    assert len(list((tmp_path / 'cutouts' / 'b').glob('*_cutout.png'))) == 150
+    assert len(lines) == 15 and lines[-1] == f'{tmp_path / "out.png"}: the first 12 of 14 photographs'
+    assert len(list((tmp_path / 'cutouts' / 'b').glob('*_cutout.png'))) == 7
     assert Image.open(tmp_path / 'out.png').size[1] == 12 * (192 + 44)
 
 
@@ -200,33 +209,28 @@ def test_same_names_keep_their_suffix_and_the_picture_of_the_last_run_is_left_ou
     assert names == ['cat.jpg_cutout.png', 'cat.png_cutout.png', 'dog_cutout.png']
 
 
-def test_patterns_and_folders_without_photographs_are_named(model_path, tmp_path, error_line):
-    out = '--model', model_path, '--out', tmp_path / 'out.png'
-    assert 'x*.png: finds no image; looked for files that end in .jpg' in error_line(main, *out, tmp_path / 'x*.png')
+def test_patterns_and_folders_without_photographs_are_named(tmp_path, error_line):
     (tmp_path / 'empty').mkdir()
-    assert 'empty: finds no image; looked for files' in error_line(main, *out, tmp_path / 'empty')
+    for name in 'x*.png', 'empty':
+        line = error_line(main, tmp_path / name)
+        assert f'{name}: finds no image; looked for files that end in .jpg' in line
 
 
-def test_masks_are_not_asked_of_a_network_without_them(model_path, tmp_path, error_line):
-    class Boxes(SharedEncoderNet):
-        tasks = ('box',)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(NETWORKS, 'Boxes', Boxes)
-        save_checkpoint(tmp_path / 'best.pt', model_content(Boxes(), ['cat'], ['cat'], (64, 64)))
-        one = photograph(tmp_path / 'one.png')
-        line = error_line(main, '--model', tmp_path / 'best.pt', '--cutouts', tmp_path / 'cutouts', one)
-    assert 'best.pt: a network without masks' in line
+def test_a_missing_model_and_one_without_masks_are_named(tmp_path, error_line):
+    one, boxes = photograph(tmp_path / 'one.png'), write_model(tmp_path / 'boxes.pt', BoxNet)
+    assert 'none.pt: no such file' in error_line(main, '--model', tmp_path / 'none.pt', one)
+    line = error_line(main, '--model', boxes, '--cutouts', tmp_path / 'cutouts', one)
+    assert 'boxes.pt: a network without masks' in line
 
 
-def test_no_input_is_overwritten_and_no_mask_twice(model_path, tmp_path, error_line):
+def test_no_input_is_overwritten_and_no_file_is_written_twice(model_path, tmp_path, error_line):
     (tmp_path / 'b').mkdir()
     one, two = photograph(tmp_path / 'cat.png'), photograph(tmp_path / 'b' / 'cat.png')
-    mask = photograph(tmp_path / 'dog_mask.png')
-    dog = photograph(tmp_path / 'dog.png')
+    mask, dog = photograph(tmp_path / 'dog_mask.png'), photograph(tmp_path / 'dog.png')
     for arguments in (
         ['--out', one, one],
         ['--out', model_path, one],
+        ['--json', tmp_path / 'out.png', one],
         ['--save-masks', tmp_path / 'masks', one, two],
         ['--save-masks', tmp_path, dog, mask],
     ):
@@ -244,18 +248,8 @@ def test_folders_to_write_are_no_files(tmp_path, capsys):
         assert stopped.value.code == 2 and "one.png' is not a folder" in capsys.readouterr().err
 
 
-def test_a_missing_model_is_named(tmp_path, error_line):
-    assert 'mtl_model.pt: no such file' in error_line(main, '--model', tmp_path / 'mtl_model.pt')
-
-
 @pytest.mark.filterwarnings('error:Glyph')
 @pytest.mark.parametrize('name', ['$x^{ costs 5$', 'シャム猫'])
 def test_title_with_dollar_or_missing_glyph_gives_no_warning(tmp_path, name):
     mtl_vis.save_picture([[(name, torch.zeros(3, 64, 64, dtype=torch.uint8))]], tmp_path / 'mask.png')
     assert Image.open(tmp_path / 'mask.png').size == (108, 108)
-
-
-def test_symlink_loop_is_reported_as_unreadable(model_path, tmp_path, failing):
-    (tmp_path / 'a.jpg').symlink_to('a.jpg')
-    _, errors = failing(tmp_path / 'a.jpg', '--model', model_path, '--out', tmp_path / 'mask.png')
-    assert 'a.jpg: ' in errors[0] and errors[1] == 'error: 1 of 1 photographs cannot be read'

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
+from torchvision.ops import box_iou
 
 import prediction
-from dataloader_mtl import MTLDataset, denormalise
-from models import FlipAveraged, UNet, model_content
+from dataloader_mtl import MTLDataset
+from models import FlipAveraged
 from prediction import cutout, load_model, predict
-from support.checkpoint import save_checkpoint
 from support.cli import InputError
 from support.files import UnreadableFile
 
@@ -34,8 +35,26 @@ def assert_close(one, two):
     assert one.mask_probability == pytest.approx(two.mask_probability, abs=1e-5)
 
 
-@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L', 'LA', 'P', 'CMYK', '1', 'I;16'])
-@pytest.mark.parametrize('size', [(90, 70), (10, 2000), (64, 64), (1, 1)])
+@pytest.mark.parametrize('name', ['mtl_model.pt', 'mtl_model_scratch.pt'])
+def test_shipped_model_finds_a_real_cat(name, full_networks):
+    """In Stefan van der Walt's photograph of Chelsea (CC0), 451 x 300. All numbers are what the eye sees."""
+    from skimage.data import chelsea
+
+    found = predict(load_model(ROOT / name), chelsea())
+    assert found.species == 'cat' and found.species_probability > 0.5
+    head = torch.tensor([[30.0, 0, 390, 290]])
+    assert box_iou(torch.tensor([found.bbox]), head).item() > 0.75
+    assert 0.7 < found.mask.mean() < 0.9
+    eye, other_eye, nose, left, right, corner = (170, 115), (318, 137), (263, 245), (8, 60), (440, 220), (435, 15)
+    assert [bool(found.mask[y, x]) for x, y in (eye, other_eye, nose)] == [True] * 3
+    assert [bool(found.mask[y, x]) for x, y in (left, right, corner)] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    'mode, size',
+    [(mode, (90, 70)) for mode in ('RGB', 'RGBA', 'L', 'LA', 'P', 'CMYK', '1', 'I;16')]
+    + [('RGB', size) for size in ((10, 2000), (64, 64), (1, 1))],
+)
 def test_prediction_fits_the_image(model, mode, size):
     found = predict(model, Image.new('L' if mode == 'I;16' else 'RGB', size, 'white').convert(mode))
     assert found.breed in model.class_names and 0 < found.probability <= 1
@@ -51,14 +70,9 @@ def test_all_kinds_of_images_give_the_same_prediction(model, tmp_path):
     Image.fromarray(array).save(tmp_path / 'one.png')
     expected = predict(model, array)
     tensor = torch.from_numpy(array).permute(2, 0, 1)
-    for image in (
-        tmp_path / 'one.png',
-        str(tmp_path / 'one.png'),
-        Image.fromarray(array),
-        tensor,
-        array[:, ::-1][:, ::-1],
-    ):
+    for image in tmp_path / 'one.png', str(tmp_path / 'one.png'), Image.fromarray(array), tensor:
         assert_same(predict(model, image), expected)
+    assert_same(predict(model, array[:, ::-1]), predict(model, array[:, ::-1].copy()))  # strides below zero
     grey = array[..., 0]
     assert_same(predict(model, grey), predict(model, np.repeat(grey[..., None], 3, axis=2)))
 
@@ -75,16 +89,11 @@ def test_exif_rotation_is_applied_to_paths_and_pil_images(model, tmp_path):
         assert cutout(image, expected).size == (70, 90)
 
 
-def test_many_images_of_any_size_are_predicted_in_batches_in_order(model, monkeypatch):
+def test_many_images_of_any_size_are_predicted_in_batches_in_order(model):
     images = [pixels(60 + 10 * number, 80, seed=number) for number in range(5)]
     expected = [predict(model, image) for image in images]
-    batches, forward = [], type(model).forward
-
-    def spy(self, x, decode=None):
-        batches.append(len(x))
-        return forward(self, x, decode)
-
-    monkeypatch.setattr(type(model), 'forward', spy)
+    batches = []
+    model.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     for many in images, tuple(images):
         found = predict(model, many, batch_size=2)
         assert type(found) is list and batches == [2, 2, 1]
@@ -115,7 +124,6 @@ def test_iterator_is_read_one_batch_at_a_time(model):
     'image, message',
     [
         (None, 'found NoneType'),
-        (7, 'found int'),
         (b'cat.jpg', 'found bytes'),
         ({'cat.jpg': 1}, 'found dict'),
         (np.zeros((4, 4, 3)), r'found ndarray \(4, 4, 3\) of float64'),
@@ -128,9 +136,7 @@ def test_iterator_is_read_one_batch_at_a_time(model):
     ],
 )
 def test_anything_else_is_a_value_error_that_says_what_was_expected(model, image, message):
-    with pytest.raises(ValueError, match=message):
-        predict(model, image)
-    with pytest.raises(ValueError, match='expected a path, a PIL image, a uint8 array'):
+    with pytest.raises(ValueError, match=f'expected a path, a PIL image, a uint8 array .*; {message}'):
         predict(model, image)
 
 
@@ -142,43 +148,28 @@ def test_file_that_is_no_image_is_named(model, tmp_path):
 
 
 def test_prediction_agrees_with_evaluation(model, shared_data):
-    image = MTLDataset('test', root=shared_data)[4][0]
+    dataset = MTLDataset('test', root=shared_data)
     for flip, network in (False, model), (True, FlipAveraged(model)):
-        found = predict(model, denormalise(image), flip=flip)
+        found = predict(model, dataset.read([4])[0][0], flip=flip)
         with torch.inference_mode():
-            outputs = network(image[None])
+            outputs = network(dataset[[4]].image)
         probabilities = outputs.label[0].softmax(dim=0)
         assert found.breed == model.class_names[probabilities.argmax()]
-        assert found.probability == pytest.approx(probabilities.max().item(), abs=1e-4)
-        assert found.mask_probability == pytest.approx(outputs.mask[0, 0].sigmoid().numpy(), abs=1e-3)
-        assert found.bbox == pytest.approx((outputs.bbox[0] * 64).tolist(), abs=1e-2)
-
-
-def test_flip_makes_the_prediction_of_an_image_and_its_mirror_image_agree(model):
-    array = pixels(64, 64)
-    found, mirrored = (predict(model, image, flip=True) for image in (array, array[:, ::-1]))
-    assert found.breeds == [(breed, pytest.approx(share, abs=1e-5)) for breed, share in mirrored.breeds]
-    assert found.mask_probability == pytest.approx(mirrored.mask_probability[:, ::-1], abs=1e-4)
-    assert predict(model, array).bbox != pytest.approx(found.bbox, abs=1e-6)
+        assert found.probability == pytest.approx(probabilities.max().item(), abs=1e-5)
+        assert found.mask_probability == pytest.approx(outputs.mask[0, 0].sigmoid().numpy(), abs=1e-5)
+        assert found.bbox == pytest.approx((outputs.bbox[0] * 64).tolist(), abs=1e-3)
 
 
 def test_likeliest_breeds_and_species(model):
     label = torch.arange(8.0)
-    model.class_species = ['cat', 'dog', 'cat', None, 'dog', 'cat', 'cat', 'dog']
+    model.class_species = ['cat', 'dog', 'cat', 'cat', 'cat', 'cat', 'dog', None]
     found = prediction.make_prediction(model, label, None, None, (5, 4))
     shares = label.double().softmax(dim=0).tolist()
     expected = [(model.class_names[index], shares[index]) for index in (7, 6, 5, 4, 3)]
     assert found.breeds == expected and (found.breed, found.probability) == expected[0]
-    assert found.species == 'dog' and found.species_probability == pytest.approx(shares[7] + shares[4] + shares[1])
+    assert found.species == 'dog' and found.species_probability == pytest.approx(shares[6] + shares[1])
     model.class_species = [None] * 8
-    assert prediction.make_prediction(model, label, None, None, (5, 4)).species is None
-
-
-def test_tasks_that_the_model_does_not_have_are_none(tmp_path):
-    save_checkpoint(tmp_path / 'best.pt', model_content(UNet(), ['cat', 'dog'], ['cat', 'dog'], (64, 64)))
-    found = predict(load_model(tmp_path / 'best.pt'), pixels())
-    assert found.mask.shape == (70, 90)
-    assert found[:6] == (None,) * 6
+    assert prediction.make_prediction(model, label, None, None, (5, 4))[3:5] == (None, None)
 
 
 def test_cutout_keeps_the_pixels_and_is_as_opaque_as_the_mask_is_sure(model):
@@ -196,7 +187,7 @@ def test_numbers_that_are_not_finite_raise_input_error(model):
     for weights in model.state_dict().values():
         if weights.is_floating_point():
             weights.fill_(1e30)
-    with pytest.raises(InputError, match='the model gives no finite numbers'):
+    with pytest.raises(InputError, match='the outputs of the model are not finite'):
         predict(model, pixels())
 
 
