@@ -1,152 +1,168 @@
-"""The study: what each arm trains on, which runs are missing, and the tables."""
+"""The study: what each arm trains, which runs are missing, statistics on made-up scores, tables and plots."""
 
-import csv
-import gzip
 import os
 import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import start_child, wait_for
 
-import data_prepare
-import data_rechunk
 import engine
 import study
-import study_tables
-from dataloader_mtl import RandomCropFlip
-from models import MTLNet, UNet, load_model
-from study import ARMS, PARTS, RATES, RunKey
+from models import load_model
+from study import arms, results, runner, tables
+from study.__main__ import main
+from study.arms import ARMS, PARTS, RATES, RunKey
+from study.statistics import bootstrap_means, compare, detectable_difference, holm, relative_gain, t_interval
 from support.cli import InputError, Stopped
 from support.report import write_csv
+from utils import METRICS
+
+FIRST_RATES = RATES[slice(*arms.FIRST_RATES)]
+BEST = FIRST_RATES[1]
 
 
-@pytest.fixture(scope='module')
-def folds(tmp_path_factory):
-    """Two folds of 24 drawn pets each, of 64 x 64."""
-    root = tmp_path_factory.mktemp('folds')
-    data_prepare.main(['--limit', '48', '--size', '64', '--folds', '2', '--out', str(root)])
-    data_rechunk.rechunk(root)
-    return root
+# ---- arms
 
 
-def part_of(root, masks, tasks=MTLNet.tasks):
-    part = study.load_fold(masks, root / 'fold0', tasks, None)['train']
-    part.dataset.transform = RandomCropFlip(64, 64)
-    return part
+@pytest.fixture
+def trained(monkeypatch):
+    """Function that returns the arguments of engine.train for an arm, on fold 2 at a rate of 0.01."""
+
+    def train(arm):
+        calls = []
+        monkeypatch.setattr(engine, 'train', lambda *call: calls.append(call) or {'training_seconds': 1})
+        arms.train_run(RunKey(arm, 2, 0.01), 'data', Path('out'), 'cpu')
+        return calls
+
+    return train
 
 
-def test_masked_images_come_in_the_same_augmentation_with_and_without_others(folds):
-    alone, together = part_of(folds, 10, UNet.tasks), part_of(folds, 10)
-    assert len(alone) == len(together) > 10
-    seen = []
-    for epoch in 1, 2:
-        one = study.draw_batches(3, False, alone, 1, study.MASKED, 0, epoch)
-        both = study.draw_batches(3, True, together, 1, study.MASKED + study.OTHERS, 0, epoch)
-        assert len(one) == len(both) == 3
-        for number in range(3):
-            first, second = one[number], both[number]
-            assert len(first.image) == study.MASKED and len(second.image) == study.MASKED + study.OTHERS
-            assert torch.equal(first.image, second.image[: study.MASKED])
-            assert not first.mask.isnan().any() and second.mask[study.MASKED :].isnan().all()
-            assert one.indices(number) == both.indices(number)[: study.MASKED]
-        seen.append(both.indices(0))
-    assert seen[0] != seen[1]
+def test_arms_with_all_images_differ_only_in_their_losses(trained):
+    ((_, _, expected),) = trained('unet')
+    assert (expected.data, expected.out, expected.lr, expected.seed) == ('data/fold2', 'out', 0.01, 2)
+    assert expected.images_of == ('mask', 'class', 'box') and not expected.bfloat16 and expected.resume == 'auto'
+    assert (expected.epochs, expected.steps) == (arms.EPOCHS, arms.STEPS)
+    for name in (*arms.MAIN, *arms.WEIGHTINGS):
+        ((network, loss, config),) = trained(name)
+        assert config == expected and network is ARMS[name].network
+        if name != 'uncertainty':
+            weights = {'80-10-10': [0.8, 0.1, 0.1], '25-50-25': [0.25, 0.5, 0.25]}
+            assert tuple(loss.weights) == network.tasks and sum(loss.weights.values()) == pytest.approx(1)
+            assert name not in weights or list(loss.weights.values()) == weights[name]
 
 
-def test_images_are_shuffled_and_all_come_before_one_comes_again():
-    drawn = np.array(study.repeat_shuffled(np.arange(5), 4, 5, 0, 1))
-    assert [sorted(row) for row in drawn.tolist()] == [[0, 1, 2, 3, 4]] * 4
-    assert drawn.tolist() != study.repeat_shuffled(np.arange(5), 4, 5, 0, 2)
+@pytest.mark.parametrize(
+    'arm, changes',
+    {
+        'unet-50': {'masks': 50, 'images_of': ('mask',)},
+        'mtl-800': {'masks': 800},
+        'mtl-imagenet': {'encoder': arms.IMAGENET['encoder'], 'encoder_weights': 'imagenet'}
+        | {'encoder_lr_share': 0.2, 'muon': False},
+        'unet-seed': {'seed': 7},
+        'mtl-seed': {'seed': 7},
+    }.items(),
+)
+def test_other_arms_differ_as_they_say(arm, changes, trained):
+    ((_, _, expected),), ((_, _, config),) = trained('unet'), trained(arm)
+    assert config == replace(expected, **changes)
 
 
-def test_few_masks_are_the_same_for_all_networks_and_nested(folds):
-    few, more = part_of(folds, 5, UNet.tasks), part_of(folds, 10)
-    known = [set(np.flatnonzero(part.dataset.labelled['mask'])) for part in (few, more)]
-    assert [len(each) for each in known] == [5, 10] and known[0] < known[1]
-    assert len(few) == len(more)
+def test_sequential_trains_class_and_box_on_all_images_and_then_the_masks_in_as_many_steps(trained):
+    ((_, _, expected),), (first, second) = trained('unet'), trained('sequential-200')
+    assert [first[0].tasks, second[0].tasks] == [('class', 'box'), ('mask',)]
+    assert first[2].epochs + second[2].epochs == expected.epochs
+    assert first[2] == replace(expected, out='out/first', epochs=expected.epochs // 2, masks=200)
+    changes = {'epochs': second[2].epochs, 'masks': 200, 'images_of': ('mask',), 'encoder_weights': 'out/first/best.pt'}
+    assert second[2] == replace(expected, **changes)
 
 
-@pytest.mark.parametrize('arm', ['unet', 'mtl', 'class', 'sequential', 'uncertainty'])
-def test_arm_trains_and_its_result_is_added_once(folds, tmp_path, arm):
-    key, out = RunKey(arm, 0, 1e-3), tmp_path / 'out'
-    metrics = study.train_run(key, folds, tmp_path / 'run', epochs=2, steps=1)
-    assert metrics['config']['arm'] == arm and metrics['config']['steps'] == 1
-    study_tables.write_result(metrics, tmp_path / 'run')
-    out.mkdir()
+@pytest.mark.parametrize('arm', ['class', 'sequential-200', 'uncertainty'])
+def test_arm_trains_and_its_result_is_added_once(shared_data, tmp_path, arm):
+    key, folder = RunKey(arm, 0, 1e-3), tmp_path / 'run'
+    (tmp_path / 'fold0').symlink_to(shared_data)
+    metrics = arms.train_run(key, tmp_path, folder, 'cpu', epochs=2, steps=1, batch_size=4)
+    results.write_result(key, metrics, folder)
     for repeat in range(2):
-        study_tables.add_result(out, key, tmp_path / 'run')
+        results.add_result(tmp_path, key, folder)
         if repeat == 0:
-            (out / 'runs.csv').unlink()  # killed between the two files
-    with gzip.open(out / 'scores.csv.gz', 'rt') as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == metrics['data']['test']['images'] and rows[0]['image']
-    run = study_tables.read_runs(out)[key]
-    assert (run['test_dice'] is None) == (arm == 'class') and run['masks'] == metrics['data']['train']['mask']
-    (row,) = study_tables.read_table(out / 'runs.csv')
-    assert ('log_variance.mask=' in row['learned_weighting']) == (arm == 'uncertainty')
-    if arm == 'sequential':
-        first = load_model(tmp_path / 'run' / 'first' / 'best.pt')
-        assert type(first).__name__ == 'ClassBoxNet'
+            (tmp_path / 'runs.csv').unlink()  # killed between the two files
+    scores = results.read_numbers(tmp_path / 'scores.csv.gz', results.SCORE_COLUMNS)
+    assert len(scores) == metrics['data']['test']['images'] and scores['image'].is_unique
+    runs = results.read_runs(tmp_path)
+    (run,) = (runs.loc[key] for key in runs.index)
+    assert list(runs.index) == [key] and np.isnan(run['test_dice']) == (arm == 'class')
+    assert run['masks'] == metrics['data']['train']['mask'] and run['device'] == 'cpu'
+    assert ('log_variance.mask=' in str(run['learned_weighting'])) == (arm == 'uncertainty')
+    assert str(tmp_path) not in (tmp_path / 'runs.csv').read_text()
+    if arm == 'sequential-200':
+        assert load_model(folder / 'first' / 'best.pt').tasks == ('class', 'box')
 
 
-def test_sequential_starts_with_the_encoder_of_its_first_half(folds, tmp_path):
-    study.train_run(RunKey('sequential', 0, 1e-3), folds, tmp_path, epochs=2, steps=1)
-    first, model = load_model(tmp_path / 'first' / 'best.pt'), UNet()
-    study.load_encoder(tmp_path / 'first' / 'best.pt', model)
-    for one, two in zip(first.encoder.parameters(), model.encoder.parameters(), strict=True):
-        assert torch.equal(one, two)
+# ---- which runs are missing
 
 
-@pytest.mark.parametrize('arm', ['unet-long', 'mtl-60', '80-10-10', 'mtl-imagenet'])
-def test_run_is_trained_as_its_arm_says(arm, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(study.engine, 'train', lambda *arguments: calls.append(arguments))
-    study.train_run(RunKey(arm, 2, 0.01), 'data', tmp_path)
-    ((network, loss, args, plan),) = calls
-    assert network is ARMS[arm].network and network.tasks == tuple(loss.weights)
-    weights = {'80-10-10': [0.8, 0.1, 0.1]}.get(arm, [1 / len(network.tasks)] * len(network.tasks))
-    assert list(loss.weights.values()) == pytest.approx(weights)
-    assert (args.data, args.out, args.lr, args.seed) == ('data/fold2', str(tmp_path), 0.01, 2)
-    assert (args.epochs, args.device, args.workers) == (study.EPOCHS, 'cpu', 0)
-    long, imagenet = arm == 'unet-long', arm == 'mtl-imagenet'
-    assert plan.draw.args == (study.STEPS * (2 if long else 1), not long)
-    assert args.batch_size == (8 if long else 24)
-    assert plan.load.args == (60 if arm == 'mtl-60' else None,)
-    assert plan.recipe == (study.PRETRAINED if imagenet else study.SCRATCH)
-    assert (args.encoder, args.encoder_weights) == (study.IMAGENET if imagenet else ('unet', 'none'))
+def made_runs(values):
+    """Runs as `read_runs` returns them, from {RunKey: {column: value}}."""
+    rows = [key._asdict() | row for key, row in values.items()]
+    return pd.DataFrame(rows, columns=results.RUN_COLUMNS).set_index(results.KEY)
+
+
+def with_validation(keys):
+    """Runs of which BEST is the best rate."""
+    return made_runs({key: {f'val_{name}': 0.5 + (key.rate == BEST) / 10 for name in METRICS} for key in keys})
 
 
 def test_rates_are_chosen_first_on_fold_0_and_nothing_is_trained_twice():
-    missing = study.missing_runs({}, list(ARMS), range(5))
-    assert missing[:3] == [RunKey('unet', 0, rate) for rate in RATES]
+    missing = runner.missing_runs(made_runs({}), list(ARMS), range(5))
+    assert missing[:3] == [RunKey('unet', 0, rate) for rate in FIRST_RATES]
     assert all(key.rate is None for key in missing if key.fold)
-    searched = {key: {'val_dice': 0.5 + (key.rate == RATES[1]) / 10} for key in missing if key.rate}
-    rest = study.missing_runs(searched, list(ARMS), range(5))
-    assert not set(rest) & set(searched) and {key.rate for key in rest} == {RATES[1]}
+    searched = [key for key in missing if key.rate]
+    rest = runner.missing_runs(with_validation(searched), list(ARMS), range(5))
+    assert not set(rest) & set(searched) and {key.rate for key in rest} == {BEST}
     assert len(missing) == len(searched) + len(rest)
-    runs = searched | dict.fromkeys(rest)
-    assert study.missing_runs(runs, list(ARMS), range(5)) == []
-    for names, count in PARTS:
-        for name in names:
-            assert {key.fold for key in runs if key.arm == name and key.rate == RATES[1]} == set(range(count))
-    assert {name for names, _ in PARTS for name in names} == set(ARMS)
+    assert runner.missing_runs(with_validation(searched + rest), list(ARMS), range(5)) == []
+    for part, count in PARTS:
+        for name in part:
+            assert {key.fold for key in searched + rest if key.arm == name and key.rate == BEST} == set(range(count))
+
+
+@pytest.mark.parametrize(
+    'arm, values, tried, best',
+    [
+        ('unet', {3: 0.8, 2: 0.7}, [2, 3, 4], None),  # one has not been tried
+        ('unet', {2: 0.7, 3: 0.8, 4: 0.7}, [2, 3, 4], 3),
+        ('unet', {2: 0.7, 3: 0.7, 4: 0.8}, [2, 3, 4, 5], None),
+        ('unet', {2: 0.7, 3: 0.7, 4: 0.8, 5: np.nan}, [2, 3, 4, 5], 4),  # NaN: diverged
+        ('class', {2: 0.8, 3: 0.7, 4: 0.7, 1: 0.9}, [0, 1, 2, 3, 4], None),
+        ('box', {2: np.nan, 3: np.nan, 4: np.nan, 1: 0.1, 0: 0.2}, [0, 1, 2, 3, 4], 0),
+    ],
+)
+def test_rate_is_the_best_in_the_metric_of_the_arm_and_the_grid_grows_at_its_edge(arm, values, tried, best):
+    metric = {'unet': 'dice', 'class': 'accuracy', 'box': 'box_iou'}[arm]
+    runs = made_runs({RunKey(arm, 0, RATES[rate]): {f'val_{metric}': value} for rate, value in values.items()})
+    rates, found = results.search_rates(runs, arm)
+    assert [RATES.index(rate) for rate in rates] == tried and found == (None if best is None else RATES[best])
+
+
+# ---- the runner
 
 
 class FinishedProcess:
-    """Stands in for the process of a run that ends at once; that of mtl-masked fails."""
+    """Stands in for the process of a run that ends at once; that of without-bbox fails."""
 
     def __init__(self, key, folder):
-        self.exitcode, self.terminated = int(key.arm == 'mtl-masked'), False
+        self.exitcode, self.terminated = int(key.arm == 'without-bbox'), False
         folder.mkdir(parents=True)
         (folder / 'last.pt').write_bytes(b'')
-        metrics = {'dice': {'mean': 0.8, 'constant': 0.5}}
-        validation = {'dice': 0.7 + (key.rate == RATES[0]) / 10}
-        found = {'test': metrics, 'validation': validation, 'best_epoch': 1, 'training_seconds': 60}
-        found |= {'versions': {'torch': '2'}, 'machine': {'cpu': 'x86_64'}, 'data': {'train': {'mask': 70}}}
-        found |= {'learned_weighting': {}}
-        study_tables.write_result(found, folder)
+        row = {'minutes': 1, 'best_epoch': 1, 'masks': 70, 'val_dice': 0.7 + (key.rate == BEST) / 10, 'test_dice': 0.8}
+        write_csv(results.RUN_COLUMNS, [key._asdict() | row], folder / 'result.csv')
         (folder / 'test_scores.csv').write_text('image,class,dice,mask_iou,accuracy,box_iou\npug_1,pug,0.8,,,\n')
 
     def is_alive(self):
@@ -161,16 +177,16 @@ class FinishedProcess:
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
-    """{RunKey: FinishedProcess} of the runs that are started; options for study.main."""
+    """{RunKey: FinishedProcess} of the runs that are started, and options of the study."""
     started = {}
 
-    def start(key, data, folder, threads):
-        assert key not in started
+    def start(key, data, folder, device, threads):
+        assert key not in started and device == 'cpu'
         started[key] = FinishedProcess(key, folder)
         return started[key]
 
-    monkeypatch.setattr(study, 'start_run', start)
-    monkeypatch.setattr(study.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(runner, 'start_run', start)
+    monkeypatch.setattr(runner.time, 'sleep', lambda seconds: None)
     for fold in range(2):
         (tmp_path / f'fold{fold}').mkdir()
     options = '--data', str(tmp_path), '--out', str(tmp_path / 'out'), '--runs', str(tmp_path / 'runs')
@@ -180,74 +196,158 @@ def finished(tmp_path, monkeypatch):
 def test_all_runs_are_trained_and_a_failed_one_is_told(finished, tmp_path, capsys):
     started, options = finished
     with pytest.raises(InputError, match='2 runs failed; the same command goes on with them'):
-        study.main([*options, 'unet', 'mtl', 'mtl-masked'])
+        main([*options, 'unet', 'mtl', 'without-bbox'])
     assert len(started) == 3 + 3 + 2 + 2
-    assert set(started) >= {RunKey(arm, 1, RATES[0]) for arm in ('unet', 'mtl', 'mtl-masked')}
-    done = study_tables.read_runs(tmp_path / 'out')
-    assert set(done) == {key for key in started if key.arm != 'mtl-masked'}
-    assert {path.parent.name[:10] for path in tmp_path.rglob('last.pt')} == {'mtl-masked'}
+    assert set(started) >= {RunKey(arm, 1, BEST) for arm in ('unet', 'mtl', 'without-bbox')}
+    done = set(results.read_runs(tmp_path / 'out').index)
+    assert done == {key for key in started if key.arm != 'without-bbox'}
+    assert {path.parent.name[:12] for path in tmp_path.rglob('last.pt')} == {'without-bbox'}
     assert '9 runs left, about' in capsys.readouterr().out
     started.clear()
-    study.main([*options, 'unet'])
-    assert not started and '| `unet`: mask alone | 2 |' in (tmp_path / 'out' / 'table.md').read_text()
+    main([*options, 'unet'])
+    assert not started and '| `unet`: mask only | 2 |' in (tmp_path / 'out' / 'table.md').read_text()
 
 
 def test_signal_stops_the_runs_that_are_being_trained(finished, monkeypatch):
     started, options = finished
-    monkeypatch.setattr(study.time, 'sleep', lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(runner.time, 'sleep', lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr(FinishedProcess, 'is_alive', lambda self: True)
     with pytest.raises(Stopped):
-        study.main([*options, 'unet'])
+        main([*options, 'unet'])
     assert len(started) == 2 and all(process.terminated for process in started.values())
+
+
+def test_run_is_stopped_by_the_runner_and_not_by_the_terminal(tmp_path, monkeypatch):
+    """Both reach it after Ctrl-C, and a second request would end it before it has written its checkpoint."""
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        print('goes on')
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runner, 'train_run', interrupted)
+    key = RunKey('unet', 0, BEST)
+    child = start_child(lambda _: runner.run_process(key, 'data', tmp_path, 'cpu', 1), [], tmp_path / 'output')
+    assert wait_for(child) == 128 + signal.SIGTERM
+    assert (tmp_path / 'log.txt').read_text() == 'goes on\nstopped\n' and not (tmp_path / 'result.csv').exists()
+
+
+@pytest.mark.parametrize('error', [engine.Diverged('the loss is nan'), InputError('no such file')])
+def test_process_of_a_run_tells_what_stopped_it_and_a_run_that_diverged_is_a_result(error, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(runner, 'train_run', fail)
+    key, folder = RunKey('unet', 0, BEST), tmp_path / 'run'
+    diverged = isinstance(error, engine.Diverged)
+    with nullcontext() if diverged else pytest.raises(SystemExit):
+        runner.run_process(key, 'data', folder, 'cpu', torch.get_num_threads())
+    assert str(error) in (folder / 'log.txt').read_text()
+    assert (folder / 'result.csv').exists() == diverged
+    if diverged:
+        results.add_result(tmp_path, key, folder)
+        assert np.isnan(results.read_runs(tmp_path).loc[key, 'val_dice'])
 
 
 def test_missing_fold_is_told_before_any_run(finished, tmp_path):
     started, options = finished
     (tmp_path / 'fold1').rmdir()
     with pytest.raises(InputError, match='fold1: no such folder'):
-        study.main([*options, 'unet'])
+        main([*options, 'unet'])
     assert not started
 
 
-@pytest.mark.parametrize('error', [engine.Diverged('the loss is nan'), InputError('no such file')])
-def test_process_of_a_run_writes_its_result_and_what_stopped_it(error, tmp_path, monkeypatch):
-    """A run that diverged is a result; its learning rate is not chosen."""
-
-    def fail(*arguments):
-        raise error
-
-    monkeypatch.setattr(study, 'train_run', fail)
-    key, folder = RunKey('unet', 0, RATES[2]), tmp_path / 'run'
-    if diverged := isinstance(error, engine.Diverged):
-        study.run_process(key, 'data', folder, torch.get_num_threads())
-        study_tables.add_result(tmp_path, key, folder)
-        runs = study_tables.read_runs(tmp_path)
-        assert study_tables.chosen_rate(runs | {RunKey('unet', 0, RATES[0]): {'val_dice': 0.1}}, 'mtl-60', ARMS) is None
-        assert (
-            study_tables.chosen_rate(runs | {RunKey('unet', 0, RATES[0]): {'val_dice': 0.1}}, 'unet', ARMS) == RATES[0]
-        )
-    else:
-        with pytest.raises(SystemExit):
-            study.run_process(key, 'data', folder, torch.get_num_threads())
-    assert str(error) in (folder / 'log.txt').read_text()
-    assert (folder / 'result.json').exists() == diverged
+def test_missing_package_is_told(monkeypatch):
+    for name in 'results', 'runner':
+        monkeypatch.delitem(sys.modules, f'study.{name}')
+        monkeypatch.delattr(study, name)
+    monkeypatch.setitem(sys.modules, 'pandas', None)
+    with pytest.raises(InputError, match='pip install -r study/requirements.txt'):
+        main(['--table'])
 
 
-def write_results(out, shift):
-    """Made-up results of three folds: mtl has a Dice higher by `shift` than unet."""
-    generator, runs, scores = np.random.default_rng(0), [], []
-    for fold in range(3):
-        for arm in 'unet', 'mtl', 'class', 'box':
-            dice = np.clip(generator.normal(0.8, 0.05, 40) + shift * (arm == 'mtl'), 0, 1)
-            about = {'arm': arm, 'fold': fold, 'rate': 0.003}
-            scores += [
-                about | {'image': f'{fold}_{i}', 'dice': value} for i, value in enumerate(dice) if arm != 'class'
-            ]
-            values = {'dice': None if arm == 'class' else dice.mean(), 'mask_iou': 0.7, 'accuracy': 0.5, 'box_iou': 0.6}
-            run = about | {'masks': 70, 'minutes': 3, 'val_dice': 0.8, 'constant_dice': 0.55}
-            runs.append(run | {f'test_{name}': value for name, value in values.items()})
-    write_csv(study_tables.RUN_COLUMNS, runs, out / 'runs.csv')
-    write_csv(study_tables.SCORE_COLUMNS, scores, out / 'scores.csv.gz')
+# ---- statistics
+
+
+@pytest.mark.parametrize('folds', [3, 5, 6])
+def test_t_interval_of_folds_that_differ_covers_zero_in_about_95_of_100_draws(folds):
+    generator = np.random.default_rng(0)
+    found = [t_interval(generator.normal(0, 0.02, folds).tolist()) for _ in range(1000)]
+    assert np.mean([low <= 0 <= high for low, high in found]) == pytest.approx(0.95, abs=0.02)
+
+
+def test_t_interval_is_that_of_the_table_and_of_one_value_unknown():
+    low, high = t_interval([1, 2, 3])
+    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3)
+    assert np.isnan(t_interval([0.1])).all() and np.isnan(compare([np.zeros(2)]).p_value)
+
+
+def test_runs_that_differ_make_the_interval_wider_than_the_images_do():
+    """The folds' means are spread by 0.02; 1,000 images each say nothing of that."""
+    generator, shift = np.random.default_rng(0), np.array([-0.03, -0.01, 0, 0.01, 0.03])
+    low, high = compare([generator.normal(mean, 0.01, 1000) for mean in shift]).bootstrap_interval
+    assert (high - low) / 2 == pytest.approx(shift.std() / 5**0.5 * 1.96, rel=0.1)
+
+
+def test_clear_difference_has_intervals_without_zero_and_a_small_p_value():
+    generator = np.random.default_rng(0)
+    parts = [generator.normal(0.02, 0.05, 200 + fold) for fold in range(5)]
+    found = compare(parts)
+    for low, high in found.bootstrap_interval, found.t_interval:
+        assert 0 < low < found.mean < high < 0.03
+    assert found.p_value < 0.01 and found.mean == np.mean([part.mean() for part in parts])
+    assert found == compare(parts) and found.bootstrap_interval != compare(parts, seed=1).bootstrap_interval
+
+
+def test_bootstrap_draws_folds_and_then_their_images():
+    means = bootstrap_means([np.zeros(3), np.full(5, 8.0)], 4000, 0)
+    assert set(means) == {0, 8, 4}  # one of the folds twice, or both, which have equal weight
+    assert np.mean(means == 4) == pytest.approx(0.5, abs=0.03)
+    means = bootstrap_means([np.array([0.0, 1.0])], 4000, 0)
+    assert np.mean(means == 0.5) == pytest.approx(0.5, abs=0.03)
+
+
+def test_holm_corrects_for_all_comparisons_also_those_to_come():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.01, np.nan, np.nan, np.nan]) == pytest.approx([0.04, 1, 1, 1])
+
+
+def test_detectable_difference_is_found_in_four_of_five_draws():
+    generator, shift = np.random.default_rng(0), detectable_difference(0.01, 5, comparisons=1)
+    found = [t_interval(generator.normal(shift, 0.01, 5))[0] > 0 for _ in range(1000)]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+    assert detectable_difference(0.01, 5, comparisons=4) > shift
+
+
+def test_relative_gain_is_a_share_of_the_single_task():
+    ours, single = pd.DataFrame({'dice': [0.84], 'accuracy': [0.4]}), pd.DataFrame({'dice': [0.8], 'accuracy': [0.5]})
+    assert relative_gain(ours, single).loc[0].tolist() == pytest.approx([0.05, -0.2])
+
+
+# ---- tables and plots
+
+
+SHIFTS = {'unet': 0, 'mtl': 0.05, 'class': 0, 'box': 0, 'unet-seed': 0, 'mtl-seed': 0.06}
+
+
+def write_results(out, reverse=False):
+    """Made-up results of three folds, in which the Dice of an arm is higher by that of SHIFTS; mtl-50 diverged."""
+    generator, scores, runs = np.random.default_rng(0), [], [RunKey('mtl-50', 0, BEST)._asdict()]
+    keys = [RunKey(arm, fold, BEST) for arm in SHIFTS for fold in range(3)]
+    searched = [RunKey(arm, 0, rate) for arm in ('unet', 'mtl', 'class', 'box') for rate in FIRST_RATES]
+    for key in dict.fromkeys(keys + searched):
+        metrics = [name for name in METRICS if METRICS[name].task in ARMS[key.arm].network.tasks]
+        values = pd.DataFrame({name: generator.normal(0.7, 0.02, 40).round(5) for name in metrics})
+        if 'dice' in values:
+            values['dice'] += SHIFTS[key.arm]
+        values = values.assign(**key._asdict(), image=[f'{key.fold}_{number}' for number in range(40)])
+        scores += values.to_dict('records')
+        row = {'masks': 70, 'best_epoch': 1, 'minutes': 6 if 'mtl' in key.arm else 3, 'constant_dice': 0.55}
+        row |= {f'val_{name}': 0.7 + (key.rate == BEST) / 10 for name in metrics}
+        runs.append(key._asdict() | row | {f'test_{name}': values[name].mean() for name in metrics})
+    step = -1 if reverse else 1
+    write_csv(results.RUN_COLUMNS, runs[::step], out / 'runs.csv')
+    write_csv(results.SCORE_COLUMNS, scores[::step], out / 'scores.csv.gz')
 
 
 def read_markdown(text):
@@ -256,84 +356,64 @@ def read_markdown(text):
     return [[dict(zip(rows[0], row, strict=True)) for row in rows[2:]] for rows in tables]
 
 
-def test_tables_of_made_up_scores(tmp_path, capsys):
-    write_results(tmp_path, 0.05)
-    study.main(['--table', '--out', str(tmp_path)])
-    first = (tmp_path / 'table.md').read_bytes()
-    arms, (difference,), (gain,) = read_markdown(first.decode().split('\n\n'))
-    rows = {row['arm']: row for row in arms}
-    assert difference['difference of test Dice'] == '`mtl` - `unet`' and difference['folds above 0'] == '3 of 3'
-    low, high = map(float, difference['95 %, folds and images'].split(' to '))
-    assert 0.02 < low < 0.05 < high < 0.08 and difference['p (Holm)'] == '< 0.001'
-    assert float(difference['95 %, t of the folds'].split(' to ')[0]) < low
+def test_tables_and_plots_of_made_up_scores(tmp_path):
+    write_results(tmp_path)
+    main(['--table', '--out', str(tmp_path)])
+    names = 'table.md', 'effects.png', 'gains.png', 'masks.png'
+    drawn = [(tmp_path / name).read_bytes() for name in names]
+    arm_rows, differences, (gain,), seeds = read_markdown(drawn[0].decode().split('\n\n'))
+    rows = {row['arm']: row for row in arm_rows}
     mtl = rows['`mtl`: all tasks, equal weights']
-    assert mtl['folds'] == '3' and mtl['learning rate'] == '0.003'
-    assert gain['gain over single tasks'] == '`mtl`' and gain['Dice'].startswith('+6.')
-    assert gain['accuracy'] == '+0.0% (+0.0% to +0.0%)' and gain['mean of its tasks'].startswith('+2.')
-    assert rows['pet everywhere']['Dice'] == '0.550 ± 0.000'
-    assert {path.name for path in tmp_path.iterdir()} >= {'table.md', 'effects.png', 'masks.png'}
-    study.main(['--table', '--out', str(tmp_path)])
-    assert (tmp_path / 'table.md').read_bytes() == first
+    assert (mtl['folds'], mtl['learning rate'], mtl['minutes'], mtl['time / `unet`']) == ('3', '0.003', '6.0', '2.00')
+    assert rows['constant prediction']['Dice'] == '0.550 ± 0.000' and rows['`class`: class only']['Dice'] == ''
+    assert rows['`mtl-50`: all tasks, 50 masks']['Dice'] == ''
+    difference = differences[0]
+    assert [row['kind'] for row in differences[:4]] == ['confirmatory'] * 3 + ['exploratory']
+    assert (difference['difference'], difference['of']) == ('`mtl` - `unet`', 'Dice')
+    low, high = map(float, difference['95 %, bootstrap'].split(' to '))
+    assert 0.03 < low < float(difference['mean']) < high < 0.07 and difference['folds above 0'] == '3 of 3'
+    assert 0.0001 < float(difference['p (Holm)']) < 0.05 and differences[3]['p (Holm)'] == ''
+    assert gain['gain over single tasks'] == '`mtl`' and 6 < float(gain['Dice'].partition('%')[0]) < 8
+    assert [row['found in 4 of 5 studies'] != '' for row in seeds] == [False, False, True]
+    write_results(tmp_path, reverse=True)  # the order in which the runs ended
+    main(['--table', '--out', str(tmp_path)])
+    assert [(tmp_path / name).read_bytes() for name in names] == drawn
 
 
-def test_readme_shows_the_committed_table():
-    root = Path(study.__file__).parent
-    table, *_ = (root / 'results/study/table.md').read_text().split('\n\n')
-    assert table in (root / 'README.md').read_text()
+def test_gain_is_of_arms_that_differ_from_the_single_tasks_in_nothing_else(tmp_path):
+    write_results(tmp_path)
+    chosen = results.chosen_runs(results.read_runs(tmp_path))
+    copies = [chosen.loc[['mtl']].rename({'mtl': name}) for name in ('mtl-800', 'mtl-imagenet', 'without-bbox')]
+    found = tables.find_gains(pd.concat([chosen, *copies]))
+    metrics = ['dice', 'accuracy', 'box_iou']
+    assert {name: list(gain) for name, gain in found.items()} == {'mtl': metrics, 'without-bbox': metrics[:2]}
 
 
-def test_gain_is_of_networks_with_the_same_images_as_the_single_tasks(tmp_path):
-    write_results(tmp_path, 0.05)
-    runs = study_tables.read_runs(tmp_path)
-    chosen = study_tables.chosen_runs(runs, ARMS)
-    found = study_tables.gains(runs, chosen, 'mtl', ARMS)
-    assert found['mask', 'class', 'box'] == pytest.approx([gain / 3 for gain in found['mask',]])
-    assert np.mean(found['mask', 'class', 'box']) == pytest.approx(0.05 / 0.8 / 3, rel=0.2)
-    assert found['class',] == found['box',] == [0] * 3
-    for name in 'mtl-60', 'mtl-masked', 'mtl-imagenet', 'unet-others':
-        assert study_tables.gains(runs, chosen | {name: chosen['mtl']}, name, ARMS) == {}
-    assert list(study_tables.gains(runs, chosen | {'without-bbox': chosen['mtl']}, 'without-bbox', ARMS)) == [
-        ('mask',),
-        ('class',),
-        ('mask', 'class'),
-    ]
-    runs[chosen['mtl'][1]]['test_dice'] = None
-    assert study_tables.gains(runs, chosen, 'mtl', ARMS) == {}
-
-
-def test_runs_tested_on_different_images_are_refused():
-    keys = [{0: RunKey(arm, 0, 1e-3)} for arm in ('mtl', 'unet')]
-    dice = {keys[0][0]: {'a': 0.5, 'b': 0.75}, keys[1][0]: {'a': 0.5, 'b': 0.5}}
-    assert study_tables.differences(dice, *keys)[0].tolist() == [0, 0.25]
-    dice[keys[1][0]] = {'a': 0.5}
+def test_arms_are_compared_on_the_images_that_both_were_tested_on():
+    tested = [('mtl', 0, 'a'), ('mtl', 0, 'b'), ('mtl', 1, 'c'), ('unet', 0, 'a'), ('unet', 0, 'b')]
+    index = pd.MultiIndex.from_tuples(tested, names=['arm', 'fold', 'image'])
+    scores = pd.DataFrame({'dice': [0.5, 0.75, 1, 0.5, 0.5]}, index)
+    (part,) = tables.image_differences(scores, 'mtl', 'unet', 'dice')
+    assert part.tolist() == [0, 0.25] and not tables.image_differences(scores, 'mtl', 'box', 'dice')
+    scores.loc[('unet', 0, 'b'), 'dice'] = np.nan
     with pytest.raises(InputError, match='different images'):
-        study_tables.differences(dice, *keys)
+        tables.image_differences(scores, 'mtl', 'unet', 'dice')
 
 
-def test_rate_is_chosen_by_the_metric_of_the_network():
-    runs = {}
-    for number, rate in enumerate(RATES):
-        for arm, metric in ('unet', 'dice'), ('class', 'accuracy'), ('box', 'box_iou'):
-            values = {f'val_{name}': None for name in study_tables.METRICS}
-            runs[RunKey(arm, 0, rate)] = values | {f'val_{metric}': number / 10}
-    rates = [study_tables.chosen_rate(runs, arm, ARMS) for arm in ('unet-long', 'class', 'box', 'mtl')]
-    assert rates == [0.01] * 3 + [None]
+def test_results_that_cannot_be_used_are_told(tmp_path, capsys):
+    main(['--table', '--out', str(tmp_path)])
+    assert 'no learning rate is chosen yet' in capsys.readouterr().out
+    write_results(tmp_path)
+    scores = results.read_text(tmp_path / 'scores.csv.gz')
+    write_csv(scores.columns, scores[scores['arm'] != 'mtl'].to_dict('records'), tmp_path / 'scores.csv.gz')
+    with pytest.raises(InputError, match='lacks the scores of .*mtl'):
+        main(['--table', '--out', str(tmp_path)])
+    (tmp_path / 'runs.csv').write_text('arm,fold,rate\nunet,0,0.001\n')
+    with pytest.raises(InputError, match='another version of the study'):
+        main(['--table', '--out', str(tmp_path)])
 
 
-def test_tables_leave_out_a_run_that_diverged(tmp_path):
-    write_results(tmp_path, 0.05)
-    key, folder = RunKey('mtl-60', 0, 0.003), tmp_path / 'run'
-    folder.mkdir()
-    study_tables.write_result(None, folder)
-    study_tables.add_result(tmp_path, key, folder)
-    study.main(['--table', '--out', str(tmp_path)])
-    assert '`mtl-60`' in (tmp_path / 'table.md').read_text() and (tmp_path / 'masks.png').exists()
-
-
-def test_results_that_are_missing_are_told(tmp_path):
-    with pytest.raises(InputError, match='runs.csv: no such file'):
-        study.main(['--table', '--out', str(tmp_path)])
-    write_results(tmp_path, 0)
-    (tmp_path / 'scores.csv.gz').unlink()
-    with pytest.raises(InputError, match='scores.csv.gz: lacks'):
-        study.main(['--table', '--out', str(tmp_path)])
+def test_page_shows_the_committed_table():
+    root = Path(study.__file__).parent.parent
+    table, *_ = (root / 'results/study/table.md').read_text().split('\n\n')
+    assert table in (root / 'docs/study.md').read_text()
