@@ -1,203 +1,87 @@
-"""What does loading an image cost on one core? MTLDataset against v2, its kernels alone and the study's way.
+"""What does loading cost on one core? MTLDataset against torchvision's v2 transforms, and against a training step.
 
     python benchmarks/loader.py --data datasets/data_new
 
-The samples are drawn as train_mtl.py draws them, in random order. 'augmented' is the training's path at
-128 x 128, RandomCropFlip and colour jitter in batches of 32: against the same with v2's transforms, and
-against its kernels alone, which are the limit: reading the chunks, one resize an image, and the colours of a
-batch. 'plain' is the evaluation's path at the stored size in batches of 32: float32, the same from files
-with checksums, the chunks read as uint8 without normalisation, a copy of them from a numpy memmap, and the
-study's way, which opens four files for each sample and stores float32; its files are made here from the same
-images. The lines take turns in every round; printed are the median over the rounds and the lowest and highest.
+Reads the first --count images of an epoch of train_mtl.py, augmented to 128 x 128 in batches of 32: with
+RandomCropFlip and colour jitter, and with v2's transforms on one image after the other. Both read the files a second
+time when they are measured, from the system's cache. They and a step of training at 128 x 128 take turns in every
+round; printed are the median over the rounds and the lowest and highest. Expect two minutes.
 
-The last line but one: what one core takes for loading, as a share of what it takes for a step of train_mtl.py at
-128 x 128. Expect two minutes. The ratio: the study's way to ours, both plain float32.
+The ratio: v2's transforms to ours.
 """
 
 import statistics
-import tempfile
 import time
 from functools import partial
-from pathlib import Path
 
 import common
-import h5py
-import numpy as np
 import torch
-import torch.nn.functional as F
-from reference import StudyDataset, write_study_files
-from steps import CPU, OURS, make_batch, make_run, seconds_per_step
-from torch.utils.data import DataLoader, Subset
+from torchvision import tv_tensors
 from torchvision.transforms import v2
+from train_step import LINES, RECIPE, make_step, seconds_per_step
 
-import engine
-from data_rechunk import rechunk_file
-from dataloader_mtl import (
-    JITTER,
-    EpochBatches,
-    MTLDataset,
-    RandomCropFlip,
-    colour_jitter,
-    epoch_positions,
-    evaluation_loader,
-    normalise,
-    split_batches,
-)
+from dataloader_mtl import MTLDataset, RandomCropFlip, draw_epoch, training_loader
+from engine import Config
 from support.cli import run_script, whole_number
 from support.device import keep_freed_memory
-from support.hdf5 import SHAPES, SampleReader
 
-SIZE, BATCH_SIZE = (128, 128), 16
-V2 = v2.Compose(
-    [v2.RandomHorizontalFlip(), v2.RandomResizedCrop(SIZE, scale=(0.4, 1.0), ratio=(0.8, 1.25), antialias=True)]
+SIZE = (128, 128)
+OURS, V2, STEP = 'loading', "loading, v2's transforms", 'training step'
+TRANSFORMS = v2.Compose(
+    [
+        v2.RandomResizedCrop(SIZE, scale=Config.crop, ratio=(0.8, 1.25), antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.ColorJitter(*[Config.jitter] * 3),
+    ]
 )
 
 
-# ---- files of the same samples
+def one_by_one(images, boxes, masks):
+    """RandomCropFlip and colour_jitter as torchvision has them, on one image after the other."""
+    samples = []
+    for image, box, mask in zip(images, boxes, masks):
+        box = tv_tensors.BoundingBoxes(box[None], format='XYXY', canvas_size=image.shape[-2:])
+        samples.append(TRANSFORMS(tv_tensors.Image(image), box, tv_tensors.Mask(mask)))
+    images, boxes, masks = zip(*samples)
+    return torch.stack(images), torch.cat(boxes), torch.stack(masks)
 
 
-def write_split(folder, chosen, root, checksums):
-    """The MTLDataset of the `chosen` samples of a split, rechunked under `root`."""
-    split = root / 'train'
-    split.mkdir(parents=True)
-    for stem in SHAPES:
-        if (folder / f'{stem}.h5').exists():
-            with h5py.File(folder / f'{stem}.h5') as old, h5py.File(split / f'{stem}.h5', 'w') as new:
-                new[stem] = old[stem][chosen]
-                new[stem].attrs.update(old[stem].attrs)
-            rechunk_file(split / f'{stem}.h5', checksums=checksums)
-    return MTLDataset('train', root=root)
+def make_loader(data, transform, jitter, count):
+    """A loader of `count` training images in batches of 32."""
+    dataset = MTLDataset('train', transform, data, jitter=jitter)
+    part = torch.utils.data.Subset(dataset, range(len(dataset)))
+    steps = -(-count // Config.batch_size)
+    batches = draw_epoch(part, Config.batch_size, seed=0, epoch=1, steps=steps)
+    return training_loader(batches, 0, 0, torch.device('cpu'))
 
 
-# ---- what is measured: each function reads the samples of `order` once
-
-
-def read_all(loader):
-    for _ in loader:
-        pass
-
-
-def augmented_loader(dataset, order, transform):
-    dataset = MTLDataset('train', transform, dataset.folder.parent, jitter=JITTER)
-    part = Subset(dataset, range(len(dataset)))
-    return EpochBatches(part, split_batches(order, BATCH_SIZE), 0, 1).loader(0, 0, CPU)
-
-
-class Kernels:
-    """What MTLDataset cannot do without; the loops in Python are over images that are ready."""
-
-    def __init__(self, dataset, order):
-        self.order, self.has_mask = order, dataset.labelled['mask']
-        self.readers = [SampleReader(dataset.folder / f'{stem}.h5') for stem in ('images', 'masks')]
-        self.images, self.masks = (np.empty((len(order), *reader.shape), reader.dtype) for reader in self.readers)
-        self.read()
-        crops, _ = RandomCropFlip(*SIZE).draw(len(order), *dataset.image_size)
-        self.windows, self.mask_windows = [], []
-        for row, (top, left, height, width) in enumerate(crops.tolist()):
-            window = (slice(row, row + 1), slice(top, top + height), slice(left, left + width))
-            self.windows.append(torch.from_numpy(self.images[window]).permute(0, 3, 1, 2))
-            if self.has_mask[order[row]]:
-                self.mask_windows.append(torch.from_numpy(self.masks[window]).permute(0, 3, 1, 2))
-        self.batches = torch.cat(self.resize()).split(BATCH_SIZE)
-
-    def read(self):
-        images, masks = self.readers
-        for row, index in enumerate(self.order):
-            images.read(index, self.images[row])
-            if self.has_mask[index]:
-                masks.read(index, self.masks[row])
-
-    def resize(self):
-        for mask in self.mask_windows:
-            F.interpolate(mask, SIZE, mode='nearest-exact')
-        return [F.interpolate(image, SIZE, mode='bilinear', antialias=True) for image in self.windows]
-
-    def colour(self):
-        for batch in self.batches:
-            normalise(colour_jitter(v2.functional.to_dtype(batch, torch.float32, scale=True), JITTER))
-
-
-def memmap_copies(kernels, folder):
-    """A function that does what `kernels.read` does by copying from memory-mapped files."""
-    maps = []
-    for number, reader in enumerate(kernels.readers):
-        path = folder / f'{number}.raw'
-        reader.dataset[()].tofile(path)
-        maps.append(np.memmap(path, reader.dtype, 'r', shape=reader.dataset.shape))
-
-    def copy():
-        for row, index in enumerate(kernels.order):
-            np.copyto(kernels.images[row], maps[0][index])
-            if kernels.has_mask[index]:
-                np.copyto(kernels.masks[row], maps[1][index])
-
-    return copy
-
-
-def milliseconds(function, count):
-    """For one of `count` images, in a second pass: what the first finds in caches and memory is another's."""
-    function()
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start) / count * 1e3
+def milliseconds(loader):
+    """For one image, in a second pass: what the first finds in caches and memory is another's."""
+    for _ in range(2):
+        start = time.perf_counter()
+        images = sum(len(batch.image) for batch in loader)
+    return (time.perf_counter() - start) / images * 1e3
 
 
 def main(argv=None):
-    parser = common.parser(__doc__)
-    common.data_option(parser, 600)
-    parser.add_argument('--count', type=whole_number(32), default=640, help='samples on disk (default: %(default)s)')
-    parser.add_argument('--rounds', type=whole_number(1), default=5, help='default: %(default)s')
+    parser = common.make_parser(__doc__, rounds=5, pets=600)
+    parser.add_argument('--count', type=whole_number(32), default=640, help='images (default: %(default)s)')
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     keep_freed_memory()
     common.print_heading(parser, argv)
-    with common.prepared(args.data, 600) as data, tempfile.TemporaryDirectory() as scratch:
-        scratch, folder = Path(scratch), Path(data) / 'train'
-        torch.manual_seed(0)
-        # Not the first ones: a split is in the order of the labels.
-        chosen = torch.randperm(len(MTLDataset('train', root=data)))[: args.count].sort().values.tolist()
-        write_study_files(folder, chosen, scratch)
-        plain, checked = (write_split(folder, chosen, scratch / f'checksums_{each}', each) for each in (False, True))
-        positions = epoch_positions(Subset(plain, range(len(plain))), engine.SCRATCH.mask_repeats)
-        order = positions[torch.randperm(len(positions))].tolist()
-        kernels = Kernels(plain, order)
-        share = float(plain.labelled['mask'][order].mean())
-        with_mask = Subset(plain, plain.with_labels(['mask']))
-        step = make_run(OURS, plain), make_batch(OURS, with_mask, SIZE, BATCH_SIZE, share)
-        plain.transform, study = None, StudyDataset(scratch, len(chosen))
-        functions = {
-            'augmented': partial(read_all, augmented_loader(plain, order, RandomCropFlip(*SIZE))),
-            "augmented, v2's transforms": partial(read_all, augmented_loader(plain, order, V2)),
-            'its kernels: crop and resize': kernels.resize,
-            'its kernels: colours': kernels.colour,
-            'its kernels: read, uint8': kernels.read,
-            'plain, float32': partial(read_all, evaluation_loader(Subset(plain, order), 32, workers=0)),
-            'plain, float32, checksums': partial(read_all, evaluation_loader(Subset(checked, order), 32, workers=0)),
-            'plain, memmap copy': memmap_copies(kernels, scratch),
-            'plain, float32, the study': partial(read_all, DataLoader(Subset(study, order), 32)),
+    with common.prepared(args.data, 600) as data:
+        take_step = make_step(LINES[RECIPE], SIZE, Config(data, device='cpu'))
+        measures = {
+            OURS: partial(milliseconds, make_loader(data, RandomCropFlip(*SIZE), Config.jitter, args.count)),
+            V2: partial(milliseconds, make_loader(data, one_by_one, 0, args.count)),
+            STEP: lambda: seconds_per_step(take_step, seconds=2) / Config.batch_size * 1e3,
         }
-        measures = {name: partial(milliseconds, function, len(order)) for name, function in functions.items()}
-        measures['step'] = lambda: seconds_per_step(*step, seconds=2) / BATCH_SIZE * 1e3
         values = common.in_turns(measures, args.rounds)
-    step_times = values.pop('step')
-    kernel_times = [each for name, each in values.items() if name.startswith('its kernels')]
-    values['its kernels, all three'] = [sum(each) for each in zip(*kernel_times)]
-    values['plain, uint8'] = values['its kernels: read, uint8']
-    rows = []
-    for name, each in sorted(values.items()):
-        base = values['plain, float32' if name.startswith('plain') else 'augmented']
-        ratio = statistics.median(value / other for value, other in zip(each, base))
-        rows.append([name, common.with_range(each, 3), f'{ratio:.2f}'])
-    common.print_table(['', 'ms an image (range)', 'to ours'], rows)
-    loading, training = (statistics.median(each) for each in (values['augmented'], step_times))
-    print(
-        f'one core: {loading:.2f} ms an image to load, {training:.1f} to train at {SIZE[1]} x {SIZE[0]}, '
-        f'{share:.0%} with a mask: {loading / training:.1%}'
-    )
-    ratio = statistics.median(
-        value / other for value, other in zip(values['plain, float32, the study'], values['plain, float32'])
-    )
-    common.finish(ratio, {'ms_per_image': values, 'step_ms_per_image': step_times}, args.json)
+    common.print_table(['', 'ms an image (range)'], [[name, common.with_range(values[name], 3)] for name in measures])
+    loading, step = (statistics.median(values[name]) for name in (OURS, STEP))
+    print(f'loading takes {loading / step:.1%} of the time of a training step at {SIZE[1]} x {SIZE[0]}')
+    print(f'ratio {common.median_ratio(values[V2], values[OURS]):.3g}')
 
 
 if __name__ == '__main__':

@@ -1,39 +1,28 @@
-"""What the benchmarks compare with: the study's network, training and loader, and smp's Unet.
+"""What the benchmarks compare with: the original's network and training, and segmentation_models_pytorch's Unet.
 
-The reference network is the study's multi-task U-Net, rebuilt from its description. Four contracting blocks
-of two convolutions and a max pooling, four expanding blocks that double the size with a transposed
-convolution, a class head and a box head on the encoder's top; 3.67 million parameters. The study trained
-it in float32, NCHW, batches of 32, with Adam at 1e-4, no augmentation, and the mean of Dice loss,
-cross-entropy and L1; `StudyRun` does that.
+`ReferenceNet` is the original's multi-task U-Net, rebuilt from its description. Four contracting blocks of two
+convolutions and a max pooling, four expanding blocks that double the size with a transposed convolution, a class
+head and a box head on the encoder's top; 3.67 million parameters. The original trained it in float32, NCHW, batches
+of 32, with Adam at 1e-4, no augmentation, and the mean of Dice loss, cross-entropy and L1; `OriginalRun` does that.
 
-Two defects of the study's heads are left out, a ReLU before the sigmoid of the box and dropout that
-evaluation did not switch off: they cost no time, and the comparison is of masks.
+Two defects of the original's heads are left out, a ReLU before the sigmoid of the box and dropout that evaluation
+did not switch off: they cost no time, and the comparison is of masks.
 """
 
 import importlib
 from types import SimpleNamespace
 
-import h5py
-import numpy as np
+import common  # noqa: F401  the scripts on the path
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 import engine
 import utils
-from dataloader_mtl import MEAN, STD
 from models import Outputs
 from support.cli import InputError
 
 CHANNELS = (32, 64, 128, 256)
-BATCH_SIZE, LEARNING_RATE = 32, 1e-4  # of the study's training
-ALL_TASKS = ('mask', 'class', 'box')
-STEMS = ('images', 'masks', 'bboxes', 'binary')
-
-
-# ---- the study
+LEARNING_RATE = 1e-4  # of the original's training
 
 
 def double_conv(c_in, c_out, kernel):
@@ -66,18 +55,18 @@ def box_head():
 class ReferenceNet(nn.Module):
     """(N, 3, H, W) -> Outputs, as the networks of models.py. The linear layers of the heads need 256 x 256."""
 
-    def __init__(self, n_classes=2, tasks=ALL_TASKS):
+    tasks = ('mask', 'class', 'box')
+
+    def __init__(self, n_classes=2):
         super().__init__()
-        self.tasks = tasks
         kernels = (7, 3, 3, 3)
         self.encoder = nn.ModuleList(map(double_conv, (3, *CHANNELS), CHANNELS, kernels))
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.expanding = nn.ModuleList(map(expanding, (256, 256, 128, 64), (128, 64, 32, 1)))
-        self.label = class_head(n_classes) if 'class' in tasks else None
-        self.bbox = box_head() if 'box' in tasks else None
+        self.label = class_head(n_classes) if 'class' in self.tasks else None
+        self.bbox = box_head() if 'box' in self.tasks else None
 
-    def forward(self, x, decode=None):
-        """`decode` as in models.py: the masks of the chosen images alone; the rest is not computed less."""
+    def forward(self, x):
         features = []
         for block in self.encoder:
             x = self.pool(block(x))
@@ -87,93 +76,68 @@ class ReferenceNet(nn.Module):
         x = self.expanding[0](x)
         for block, skip in zip(self.expanding[1:], reversed(skips)):
             x = block(torch.cat([x, skip], dim=1))
-        return Outputs(label, x if decode is None else x[decode], bbox)
+        return Outputs(label, x, bbox)
 
 
-class StudyObjective(nn.Module):
-    """As engine.Objective, with the study's loss: the mean of Dice loss, cross-entropy and L1."""
+class ReferenceMaskNet(ReferenceNet):
+    """Only the mask, at any size."""
 
-    def __init__(self, model, bfloat16):
-        super().__init__()
-        self.model, self.bfloat16, self.dice = model, bfloat16, utils.DiceLoss()
+    tasks = ('mask',)
+
+
+class OriginalObjective(engine.Objective):
+    """engine.Objective with the original's loss: the mean of Dice loss, cross-entropy and L1."""
 
     def forward(self, batch):
-        image, bbox, label, mask = batch
-        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.bfloat16):
-            outputs = self.model(image)
-        has_label, has_box = utils.label_known(label), utils.box_known(bbox)
+        with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=self.bfloat16):
+            outputs = self.model(batch.image)
+        rows = utils.box_known(batch.bbox)
         losses = (
-            self.dice(outputs.mask, mask),
-            utils.reduce(F.cross_entropy(outputs.label[has_label].float(), label[has_label], reduction='none'), 'mean'),
-            utils.reduce((outputs.bbox[has_box].float() - bbox[has_box]).abs().mean(dim=1), 'mean'),
+            utils.DiceLoss()(outputs.mask, batch.mask),
+            utils.ClassLoss(smoothing=0)(outputs.label, batch.label),
+            utils.reduce((outputs.bbox[rows].float() - batch.bbox[rows]).abs().mean(dim=1), 'mean'),
         )
         return sum(losses) / 3, {}
 
 
-class StudyRun(engine.Run):
-    """An engine.Run that trains a ReferenceNet as the study did; what is evaluated are the weights themselves."""
+class OriginalRun(engine.Run):
+    """An engine.Run that trains a ReferenceNet as the original did; `average` is the model itself."""
 
-    def __init__(self, model, dataset, device):
-        weighting = utils.WeightedLoss.equal(model.tasks)
-        super().__init__(model, weighting, dataset, 1, LEARNING_RATE, LEARNING_RATE, False, device)
-        self.objective = StudyObjective(self.model, self.bfloat16)
-        self.optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-        self.schedule = SimpleNamespace(step=lambda: None)
-        self.average = SimpleNamespace(module=model, update_parameters=lambda model: None)
+    def __init__(self, network, weighting, config):
+        super().__init__(network, weighting, config)
+        self.objective = OriginalObjective(self.model, self.weighting, self.bfloat16)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), LEARNING_RATE)
+        self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1)
+        self.average = SimpleNamespace(module=self.model, update_parameters=lambda model: None)
 
-
-class StudyDataset(Dataset):
-    """As the study did: float32 storage, four files opened for each sample."""
-
-    def __init__(self, folder, count):
-        self.folder, self.count = folder, count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        values = []
-        for stem in STEMS:
-            with h5py.File(self.folder / f'{stem}.h5', 'r') as file:
-                values.append(torch.from_numpy(file[f'chunked_{stem}'][index]))
-        image, mask, bbox, label = values
-        image = v2.functional.normalize(image.permute(2, 0, 1) / 255, MEAN, STD)
-        return image, bbox / 255, label, mask.permute(2, 0, 1)
+    def draw(self, epoch):
+        """The batches of an epoch, without the augmentation that train_one_epoch has just chosen."""
+        dataset = self.splits['train'].dataset
+        dataset.transform, dataset.jitter = None, 0
+        return super().draw(epoch)
 
 
-def write_study_files(folder, chosen, target):
-    """The `chosen` samples of a split as the study's files."""
-    for stem in STEMS:
-        with h5py.File(folder / f'{stem}.h5') as source, h5py.File(target / f'{stem}.h5', 'w') as file:
-            values = source[f'chunked_{stem}']
-            shape = values.shape[1:]
-            new = file.create_dataset(f'chunked_{stem}', (len(chosen), *shape), np.float32, chunks=(1, *shape))
-            for row, index in enumerate(chosen):
-                new[row] = values[index]
+class SmpUNet(nn.Module):
+    """smp.Unet without pretrained weights: (N, 3, H, W) -> Outputs, only the mask."""
+
+    tasks, name = ('mask',), 'resnet18'
+
+    def __init__(self, n_classes=None):
+        super().__init__()
+        unet = import_smp().Unet(self.name, encoder_weights=None)
+        self.encoder, self.decoder, self.head = unet.encoder, unet.decoder, unet.segmentation_head
+
+    def forward(self, x):
+        return Outputs(None, self.head(self.decoder(self.encoder(x))), None)
 
 
-# ---- segmentation_models_pytorch
+class SmpUNet34(SmpUNet):
+    name = 'resnet34'
 
 
 def import_smp():
-    """The package; raises InputError if it is missing."""
+    """segmentation_models_pytorch; raises InputError if it is missing."""
     try:
         return importlib.import_module('segmentation_models_pytorch')
     except ImportError:
         raise InputError('segmentation_models_pytorch: missing; pip install -r benchmarks/requirements.txt') from None
-
-
-class SmpUNet(nn.Module):
-    """smp.Unet without pre-trained weights: (N, 3, H, W) -> Outputs with the mask alone."""
-
-    tasks = ('mask',)
-
-    def __init__(self, n_classes=None, encoder='resnet18'):
-        super().__init__()
-        unet = import_smp().Unet(encoder, encoder_weights=None)
-        self.encoder, self.decoder, self.head = unet.encoder, unet.decoder, unet.segmentation_head
-
-    def forward(self, x, decode=None):
-        """`decode` as in models.py; the rest is not computed less."""
-        mask = self.head(self.decoder(self.encoder(x)))
-        return Outputs(None, mask if decode is None else mask[decode], None)

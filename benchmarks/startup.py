@@ -6,10 +6,9 @@
 Times `python mtl_vis.py PHOTOGRAPH` from start to the written picture, against a Python that imports torch and
 torchvision and ends, in turns. Then images a second, at the model's size, of `predict` one by one and in batches
 of 16, with and without flip, and of the ONNX file that export_onnx.py writes; in turns, the median of --rounds
-and their range. The ratio: the command to the imports, the medians of both.
+and their range. The ratio: the command to the imports.
 """
 
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,11 +23,12 @@ import torch
 from PIL import Image
 
 from export_onnx import export
+from models import MODEL
 from prediction import load_model, predict
-from support.cli import run_script, whole_number
-from synthetic_pets import draw_pet
+from support.cli import run_script
+from support.synthetic_pets import draw_pet
 
-IMPORTS = 'import torch, torchvision'
+IMPORTS, COMMAND = 'imports', 'mtl_vis.py'
 
 
 def seconds(function):
@@ -39,9 +39,9 @@ def seconds(function):
 
 def start_up(photograph, args, scratch):
     """{name: seconds of each round} of the command and of the imports."""
-    script = [str(common.ROOT / 'mtl_vis.py'), str(photograph.resolve()), '--model', str(args.model)]
-    commands = {'imports': ['-c', IMPORTS], 'mtl_vis.py': [*script, '--out', str(scratch / 'mask.png')]}
-    run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL, cwd=common.ROOT)
+    script = [str(common.ROOT / COMMAND), str(photograph.resolve()), '--model', args.model]
+    commands = {IMPORTS: ['-c', 'import torch, torchvision'], COMMAND: [*script, '--out', str(scratch / 'mask.png')]}
+    run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
     measures = {name: partial(seconds, partial(run, [sys.executable, *rest])) for name, rest in commands.items()}
     common.in_turns(measures, 1)  # fills the system's cache
     return common.in_turns(measures, args.rounds)
@@ -54,53 +54,40 @@ def speeds(args, scratch):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = args.threads
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    size = (model.image_size[1], model.image_size[0])
-    pets = [Image.fromarray(draw_pet(index, size=256).image).resize(size) for index in range(16)]
-    images = list(map(np.asarray, pets))
+    height, width = model.image_size
+    images = [np.asarray(Image.fromarray(draw_pet(index).image).resize((width, height))) for index in range(16)]
+
+    def run_session(batch_size):
+        for start in range(0, len(images), batch_size):
+            session.run(None, {'images': np.stack(images[start : start + batch_size])})
+
     functions = {}
     for size in 1, 16:
-        batches = [images[start : start + size] for start in range(0, len(images), size)]
-        for flip in False, True:
-            name = f'predict, batches of {size}{", flip" if flip else ""}'
-            functions[name] = partial(predict, model, images, flip, size)
-        functions[f'ONNX Runtime, batches of {size}'] = partial(run_session, session, list(map(np.stack, batches)))
+        functions[f'predict, batches of {size}'] = partial(predict, model, images, batch_size=size)
+        functions[f'predict, batches of {size}, flip'] = partial(predict, model, images, flip=True, batch_size=size)
+        functions[f'ONNX Runtime, batches of {size}'] = partial(run_session, size)
     measures = {name: lambda each=each: len(images) / seconds(each) for name, each in functions.items()}
     common.in_turns(measures, 1)
     return common.in_turns(measures, args.rounds)
 
 
-def run_session(session, batches):
-    for batch in batches:
-        session.run(None, {'images': batch})
-
-
 def main(argv=None):
-    parser = common.parser(__doc__)
-    threads = torch.get_num_threads()
-    add = parser.add_argument
-    add('--photograph', type=Path, metavar='FILE', help='default: a drawn pet')
-    add('--model', default=common.ROOT / 'mtl_model.pt', metavar='FILE', help='default: %(default)s')
-    add('--rounds', type=whole_number(1), default=5, help='default: %(default)s')
-    add('--threads', type=whole_number(1), default=threads, help='of the network (default: %(default)s)')
+    parser = common.make_parser(__doc__, rounds=5)
+    common.add_threads(parser)
+    parser.add_argument('--photograph', type=Path, metavar='FILE', help='default: a drawn pet')
+    parser.add_argument('--model', default=MODEL, metavar='FILE', help='default: the shipped one')
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     common.print_heading(parser, argv)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        photograph = args.photograph or scratch / 'pet.jpg'
+        photograph = args.photograph or scratch / 'pet.png'
         if args.photograph is None:
             Image.fromarray(draw_pet(0, size=512).image).save(photograph)
-        times = start_up(photograph, args, scratch)
-        found = speeds(args, scratch)
-    common.print_table(
-        ['from the command line', 'seconds'], [[name, common.with_range(each, 2)] for name, each in times.items()]
-    )
-    common.print_table(
-        ["images of the model's size", 'images/s'], [[name, common.with_range(each, 1)] for name, each in found.items()]
-    )
-    medians = {name: statistics.median(each) for name, each in times.items()}
-    results = {'seconds': times, 'images_per_second': found}
-    common.finish(medians['mtl_vis.py'] / medians['imports'], results, args.json)
+        times, found = start_up(photograph, args, scratch), speeds(args, scratch)
+    common.print_table(['', 'seconds'], [[name, common.with_range(each, 2)] for name, each in times.items()])
+    common.print_table(['', 'images/s'], [[name, common.with_range(each, 1)] for name, each in found.items()])
+    print(f'ratio {common.median_ratio(times[COMMAND], times[IMPORTS]):.3g}')
 
 
 if __name__ == '__main__':

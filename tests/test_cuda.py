@@ -1,0 +1,188 @@
+"""What needs a GPU, and the parts of benchmarks/cuda_check.py, which run on a CPU as well.
+
+On a GPU: python benchmarks/cuda_check.py
+"""
+
+import json
+import socket
+from contextlib import nullcontext
+from functools import partial
+
+import cuda_check
+import numpy as np
+import pytest
+import torch
+from conftest import train
+
+import engine
+from dataloader_mtl import MTLDataset
+from evaluation import evaluate, to_device
+from models import MTLNet, load_model
+from prediction import predict
+from support.device import has_fast_bfloat16, seed_everything
+from support.synthetic_pets import draw_pet
+from utils import WeightedLoss
+
+DEVICE = 'cuda'
+GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
+ON_CUDA = pytest.mark.parametrize('device', [pytest.param(DEVICE, marks=GPU)])
+EVERYWHERE = pytest.mark.parametrize('device', ['cpu', pytest.param(DEVICE, marks=GPU)])
+
+
+# ---- training
+
+
+@ON_CUDA
+def test_gradients_are_those_of_the_cpu(shared_data, device):
+    found = {}
+    for name in device, 'cpu':
+        seed_everything(0)
+        model = MTLNet(n_classes=8)
+        model.class_head.dropout.p = 0
+        model.to(name, memory_format=torch.channels_last)
+        objective = engine.Objective(model, WeightedLoss.equal(MTLNet.tasks), bfloat16=False)
+        batch = MTLDataset('train', root=shared_data)[list(range(8))]
+        with cuda_check.exact():
+            objective(to_device(batch, torch.device(name)))[0].backward()
+        found[name] = torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
+    assert (found[device] - found['cpu']).norm() < 1e-3 * found['cpu'].norm()
+
+
+@ON_CUDA
+@pytest.mark.parametrize('encoder', ['unet', 'tf_efficientnet_lite0'])
+def test_a_whole_run_and_its_model_on_the_cpu(shared_data, tmp_path, device, encoder):
+    options = '--device', device, '--workers', 2, '--epochs', 1, '--encoder', encoder, '--encoder-weights', 'none'
+    metrics = train(shared_data, tmp_path, *options)
+    fast = has_fast_bfloat16(torch.device(device))
+    assert metrics['config']['device'] == device
+    assert metrics['config']['precision'] == ('bfloat16' if fast else 'float32')
+    on_cpu = evaluate(load_model(tmp_path / 'best.pt'), MTLDataset('test', root=shared_data), torch.device('cpu'))
+    assert on_cpu['dice'] == pytest.approx(metrics['test']['dice']['mean'], abs=0.03)
+
+
+@ON_CUDA
+def test_one_process_with_nccl_trains_as_one_without(shared_data, tmp_path, monkeypatch, device):
+    options = '--device', device, '--epochs', 1
+    plain = train(shared_data, tmp_path / 'plain', *options)
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in {'RANK': 0, 'WORLD_SIZE': 1, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}.items():
+        monkeypatch.setenv(name, str(value))
+    parallel = train(shared_data, tmp_path / 'parallel', *options)
+    losses = [
+        [value for name, value in metrics['validation'].items() if 'loss' in name] for metrics in (plain, parallel)
+    ]
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@ON_CUDA
+def test_predictions_are_those_of_the_cpu(device):
+    images = [draw_pet(index).image for index in range(4)]
+    with cuda_check.exact():
+        there, here = (predict(load_model(device=name), images) for name in (device, 'cpu'))
+    for one, other in zip(there, here):
+        np.testing.assert_allclose(one.mask_probability, other.mask_probability, atol=1e-2)
+        np.testing.assert_allclose(one.bbox, other.bbox, atol=1)
+        assert one.breed == other.breed
+
+
+# ---- the parts of cuda_check.py
+
+
+def test_exact_is_without_tf32_and_with_deterministic_algorithms_and_ends():
+    def state():
+        cudnn = torch.backends.cudnn
+        return cudnn.enabled, cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled()
+
+    before = state()
+    with cuda_check.exact():
+        assert state() == (True, False, True)
+    assert state() == before == (True, True, False)
+
+
+@EVERYWHERE
+def test_the_first_losses_are_those_of_the_cpu(shared_data, device, monkeypatch):
+    text, values = cuda_check.compare_losses(shared_data, device, steps=3)
+    assert len(values['device']) == 3 and 'by ' in text
+    losses = iter([[1.0, 1.0], [1.0, 1.002]])
+    monkeypatch.setattr(cuda_check, 'first_losses', lambda config: next(losses))
+    with pytest.raises(cuda_check.CheckFailed, match='differ .* by 2.0e-03 at most, more than 0.001'):
+        cuda_check.compare_losses(shared_data, device)
+
+
+@EVERYWHERE
+def test_a_resumed_run_is_a_whole_one(shared_data, tmp_path, device, monkeypatch):
+    stopped, train_it = [], engine.train
+    monkeypatch.setattr(engine, 'train', lambda *args: stopped.append(args[2].resume) or train_it(*args))
+    _, values = cuda_check.check_resume(shared_data, device, tmp_path, steps=2, batch_size=8, workers=2)
+    assert stopped == [None, None, None, 'last']
+    assert device != 'cpu' or values['resumed'] == values['repeated'] == 0
+
+
+def test_a_resumed_run_that_differs_is_a_failure(monkeypatch, tmp_path):
+    weights = iter([1.0, 1.0, 0.8])
+    monkeypatch.setattr(cuda_check, 'train_to_end', lambda *_: {'x': torch.tensor([next(weights)])})
+    with pytest.raises(cuda_check.CheckFailed, match='a resumed run differs by 2.5e-01'):
+        cuda_check.check_resume('data', 'cpu', tmp_path)
+
+
+@EVERYWHERE
+def test_throughput_has_a_line_for_each_number_of_workers(shared_data, device):
+    options = {'workers': (0, 1), 'steps': 4, 'warm_up': 1, 'seconds': 0.1}
+    text, values = cuda_check.measure_throughput(shared_data, device, **options)
+    assert list(values['images_per_second']) == ['no loading', 0, 1] and len(text.splitlines()) == 4
+    assert all(speed > 0 for speed in values['images_per_second'].values())
+
+
+@ON_CUDA
+def test_memory_is_measured(shared_data, device):
+    _, values = cuda_check.measure_memory(shared_data, device)
+    assert all(peak > 0 for peak in values['peak_mb'].values())
+
+
+@pytest.mark.parametrize('body, works', [('pass', True), ('assert 0', False), ('pytest.skip("why")', False)])
+def test_failed_and_skipped_tests_are_failures(tmp_path, body, works):
+    path = tmp_path / 'test_it.py'
+    path.write_text(f'import pytest\n@pytest.mark.cuda\ndef test_it():\n    {body}\n')
+    if works:
+        assert '1 passed' in cuda_check.run_tests(path)[0]
+    else:
+        with pytest.raises(cuda_check.CheckFailed, match='1 (failed|skipped)'):
+            cuda_check.run_tests(path)
+
+
+def test_a_failed_part_is_told_and_stops_no_other(tmp_path, capsys):
+    def fail(error):
+        raise error
+
+    parts = {
+        'first': partial(fail, cuda_check.CheckFailed('too large')),
+        'second': partial(fail, RuntimeError('CUDA error')),
+        'third': lambda: ('all well', {'value': 3}),
+    }
+    assert cuda_check.check(parts, tmp_path, 'A card') == ['first', 'second']
+    page = (tmp_path / 'cuda_check.txt').read_text()
+    assert page == capsys.readouterr().out
+    assert page.startswith('A card\n\nfirst: FAILED, 0 s\ntoo large\n\nsecond: FAILED') and 'Traceback' in page
+    results = json.loads((tmp_path / 'cuda_check.json').read_text())['parts']
+    assert results['second']['error'] == 'CUDA error' and results['third']['value'] == 3 and results['third']['ok']
+
+
+def test_without_a_gpu_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    cuda_check.main([])
+    assert capsys.readouterr().out == 'no CUDA device: nothing to check\n'
+
+
+def test_the_whole_check_ends_with_status_1_if_a_part_fails(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'A card')
+    monkeypatch.setattr(cuda_check.common, 'prepared', lambda *_: nullcontext('drawn'))
+    monkeypatch.setattr(cuda_check, 'run_tests', lambda: 1 / 0)
+    for name in 'compare_losses', 'check_resume', 'measure_throughput', 'measure_memory':
+        monkeypatch.setattr(cuda_check, name, lambda data, device, *_: (f'{data} on {device}', {}))
+    with pytest.raises(SystemExit) as stopped:
+        cuda_check.main(['--out', str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 1 and printed.startswith('A card, ') and printed.count('drawn on cuda') == 4
+    assert 'tests: FAILED' in printed and 'ZeroDivisionError' in printed
