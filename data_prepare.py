@@ -229,7 +229,7 @@ def match_thumbnails(thumbnails):
     distinct, inverse = np.unique(thumbnails.reshape(len(thumbnails), -1), axis=0, return_inverse=True)
     centred = distinct - distinct.mean(axis=1, keepdims=True, dtype=np.float32)
     norm = np.linalg.norm(centred, axis=1, keepdims=True)
-    centred /= np.where(norm, norm, 1)  # one colour stays zero: near-identical to its equals alone
+    centred /= np.where(norm, norm, 1)  # one colour stays zero: near-identical only to its equals
     group = np.arange(len(centred))
     step = 2**24 // len(centred) + 1  # rows of a product of about 64 MB
     for start in range(0, len(centred), step):

@@ -138,7 +138,7 @@ def copy_rechunked(source, stem, new_path, dtype, checksums):
     path, highest, counts = source.file.filename, [], []
     with create_h5(new_path) as file:
         target = file.create_dataset(stem, source.shape, dtype, chunks=target_chunks(source), fletcher32=checksums)
-        file[f'chunked_{stem}'] = target  # the name that the study's data loader asks for
+        file[f'chunked_{stem}'] = target  # the name that the original's data loader asks for
         title = '/'.join(Path(path).parts[-2:])
         for part in tqdm(find_slabs(source), desc=title, unit='slab', leave=False, disable=None):
             slab = source[part]
@@ -174,7 +174,7 @@ def write_rechunked(path, new_path, checksums):
     """Write the file at `path` rechunked to `new_path`; returns the number of samples."""
     stem, chunked = path.stem, f'chunked_{path.stem}'
     with reading_h5(path) as file:
-        # A file may hold nothing but the study's `chunked_` copy.
+        # A file may hold nothing but the original's `chunked_` copy.
         source = find_dataset(file, chunked if chunked in file and stem not in file else stem)
         try:
             copy_rechunked(source, stem, new_path, np.uint8 if source.ndim == 4 else source.dtype, checksums)

@@ -1,6 +1,6 @@
 """HDF5 files: their schema, opening, checking, creating, and reading a sample. Imports no torch.
 
-Each file holds one dataset with the file's name, as in the study: `images.h5` holds `images`. `data_rechunk.py`
+Each file holds one dataset with the file's name, as in the original: `images.h5` holds `images`. `data_rechunk.py`
 adds `chunked_images`, a second name of the same data.
 """
 
@@ -27,7 +27,7 @@ SHAPES = {
     'binary': ('N', 1),
     'breeds': ('N', 1),
 }
-OPTIONAL = ('breeds',)  # the study's files have no breeds
+OPTIONAL = ('breeds',)  # the original's files have no breeds
 
 MASK_UNKNOWN = 255  # in a mask: not known whether the pixel shows the pet
 KNOWN_MASKS = 'known_masks'  # dataset of a rechunked masks.h5, (N,) uint8: 1 if any pixel of the mask is known

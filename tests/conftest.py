@@ -18,6 +18,7 @@ import data_prepare
 import data_rechunk
 import engine
 import models
+import train_mtl
 from dataloader_mtl import MTLDataset
 from support import cli
 from support.checkpoint import save_checkpoint
@@ -39,9 +40,10 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(scope='session', autouse=True)
-def tiny_networks():
-    """Networks of a few thousand parameters, so that a last.pt has kilobytes."""
+def tiny_networks(tmp_path_factory):
+    """Networks of a few thousand parameters, so that a last.pt has kilobytes; none replaces the shipped model."""
     models.CHANNELS = (4, 4, 8, 8, 8)
+    train_mtl.MODEL = str(tmp_path_factory.mktemp('models') / 'mtl_model.pt')
     yield
     models.CHANNELS = CHANNELS
 

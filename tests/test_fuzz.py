@@ -23,7 +23,6 @@ from PIL import Image
 
 import data_prepare
 import data_rechunk
-import engine
 import mtl_vis
 import train_mtl
 from support.hdf5 import SPLITS, copy_attributes, has_metadata_checksums, is_rechunked, target_chunks
@@ -47,18 +46,8 @@ def sound(shared_data, tmp_path_factory):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated
     write_oxford(root / 'images', 10, masks=range(10), boxes=range(10), exif=exif)
-
-    def stop_after_an_epoch():
-        def save(folder, content, original=engine.save_last):
-            original(folder, content)
-            if content['history']:
-                signal.raise_signal(signal.SIGTERM)
-
-        engine.save_last = save
-        os.chdir(root / 'rechunked')  # a resumed run must have the same --data
-
     log = root / 'log.txt'
-    assert run_in_child(train_mtl.main, TRAIN, log, stop_after_an_epoch) == 143, log.read_text()
+    assert run_in_child(train_mtl.main, TRAIN, log, lambda: os.chdir(root / 'rechunked')) == 0, log.read_text()
     shutil.move(root / 'rechunked' / 'new', root / 'run' / 'new')
     return root
 
@@ -218,23 +207,10 @@ class Format(NamedTuple):
 BYTES = [cut, flip_bits, overwrite]
 H5 = [h5_type, h5_shape, h5_value, h5_huge]
 MODEL = [*BYTES, evil_pickle, *[wrong_entry] * 4]
-PREPARE = ['--source', 'oxford', '--root', '.', '--size', '64', '--split', '60-20-20', '--out', 'out']
-RECHUNK = ['--data', 'data', '--force']
-TRAIN = [
-    '--data',
-    'data',
-    '--epochs',
-    '2',
-    '--batch-size',
-    '12',
-    '--device',
-    'cpu',
-    '--out',
-    'new',
-    '--model',
-    'new.pt',
-]
-DRAW = ['--data', 'data', '--model', 'new/best.pt', '--count', '2']
+PREPARE = '--source oxford --root . --size 64 --split 60-20-20 --out out'.split()
+RECHUNK = '--data data --force'.split()
+TRAIN = '--data data --epochs 2 --batch-size 12 --device cpu --out new --model new.pt'.split()
+DRAW = '--data data --model new/best.pt --count 2'.split()
 LOOK = ['oxford-iiit-pet/annotations/trimaps/breed0_0.png', 'oxford-iiit-pet/images/breed0_0.jpg', *DRAW[2:4]]
 
 FORMATS = {
