@@ -247,7 +247,7 @@ def load_splits(root, tasks, limit=None, masks=None):
         raise InputError(
             f'{root}: images of {width} x {height} pixels; the networks take multiples of 16 from 64 to {LARGEST_SIDE}'
         )
-    if masks is not None:
+    if masks is not None:  # `read` leaves the others unknown
         known = datasets['train'].split.known['mask']
         known[np.random.default_rng(0).permutation(np.flatnonzero(known))[masks:]] = False
     subsets = {split: Subset(each, limited(each.with_labels(tasks), limit)) for split, each in datasets.items()}
@@ -364,7 +364,7 @@ def make_loader(dataset, sampler, workers, **options):
 def init_worker(_):
     """What a loading process does first."""
     ignore_signals()
-    # A batch that does not fit into shared memory would be lost, and awaited for ever; now its process ends.
+    # A batch that does not fit into shared memory would be dropped and waited for for ever; exit instead.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 

@@ -59,7 +59,7 @@ from utils import METRICS, PRINTED, MeanLosses, task_losses
 
 @dataclass(frozen=True)
 class Config:
-    """The options and the recipe of a run; saved with it, but for UNSAVED, and compared by --resume."""
+    """Options and recipe of a run. Saved with it except UNSAVED; --resume compares them."""
 
     # Options, see `training_parser`.
     data: str = 'datasets/data_new'
@@ -76,9 +76,8 @@ class Config:
     workers: int | None = None  # None: 0 on a CPU, where loading takes little of a step, 4 on a GPU
     checkpoint_minutes: float = 10
     limit_batches: int | None = None
-    # The recipe. Many epochs of small images teach more than few of larger ones (progressive resizing: Howard, fast.ai
-    # on DAWNBench, 2018). At the end it is three quarters of the size, at which crops show their objects about as large
-    # as the whole images of evaluation do.
+    # The recipe. Small images allow more epochs in the same time (progressive resizing: Howard, fast.ai on DAWNBench,
+    # 2018). At the final 3/4 of the size, objects in crops are about as large as in the whole images of evaluation.
     sizes: tuple = ((0.3, 3 / 8), (0.65, 1 / 2), (1, 3 / 4))  # see `training_size`
     crop: tuple = (0.25, 1.0)  # smallest and largest area of a crop, as a share of the image's
     jitter: float = 0.3  # see `colour_jitter`
@@ -107,11 +106,11 @@ class Config:
 PRETRAINED = {'sizes': ((1, 3 / 4),), 'crop': (0.4, 1.0), 'muon': False, 'encoder_lr_share': 0.2}
 
 UNSAVED = ('data', 'out', 'resume', 'workers', 'checkpoint_minutes')  # of a Config: no number depends on them
-TOLD = ('commit', 'threads')  # may differ when a run is resumed; its weights may, too
+REPORTED = ('commit', 'threads')  # a change is reported on resume; the weights may then differ
 
 
 def training_parser(description, out):
-    """The options that all training scripts share; the defaults are the recipe of the README."""
+    """The options that all training scripts share; the defaults are the recipe of docs/training.md."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--data', default=Config.data, metavar='DIR', help='folder of the splits (default: %(default)s)')
@@ -153,8 +152,8 @@ class Diverged(InputError):
 class Objective(nn.Module):
     """A network and its weighting: a batch -> (total loss, losses of `task_losses`).
 
-    One module, so that DistributedDataParallel averages the gradients of both. Each rank has a share of the
-    batch; the mean of the ranks' totals is the total of the batch.
+    One module, so that DistributedDataParallel averages the gradients of both. Each rank has a part of the
+    batch; the losses are scaled so that their mean over the ranks is the loss of the batch.
     """
 
     def __init__(self, model, weighting, bfloat16):
@@ -169,20 +168,21 @@ class Objective(nn.Module):
         counts = torch.tensor([count for _, count in losses.values()], device=device)
         if dist.is_initialized():
             dist.all_reduce(counts)
-        scaled, zeros = {}, []
-        for (task, (loss, count)), total in zip(losses.items(), counts.tolist()):
-            if total:
-                scaled[task] = loss * (count * get_world_size() / total)
-            else:  # no rank has a label; the zero keeps the task's parameters in the graph
-                zeros.append(loss)
-        return self.weighting(scaled) + sum(zeros), losses
+        totals = dict(zip(losses, counts.tolist()))  # known labels over all ranks
+        scaled = {
+            task: loss * (count * get_world_size() / totals[task])
+            for task, (loss, count) in losses.items()
+            if totals[task]
+        }
+        zeros = sum(loss for task, (loss, _) in losses.items() if not totals[task])  # keep the parameters in the graph
+        return self.weighting(scaled) + zeros, losses
 
 
 # ---- one epoch
 
 
 def train_one_epoch(run, before_step=lambda: None):
-    """Train on what is left of the current epoch of a Run; returns {'loss_<task>': mean} of all of it.
+    """Train the rest of a Run's current epoch; returns {'loss_<task>': mean over the whole epoch}.
 
     Raises Diverged for a loss that is not finite.
     """
@@ -234,15 +234,20 @@ def validate(run, before_batch):
 
 
 def make_model(network, n_classes, config, read_weights=True):
-    """A network with the encoder of a Config; the shallow layers of a timm encoder with weights are frozen.
+    """A network for a Config; a timm encoder with weights gets its shallow layers frozen.
 
-    Without `read_weights`, it starts at random nevertheless: for weights that come from a checkpoint.
+    Without `read_weights`, it starts at random: a checkpoint follows.
     """
     weights = config.encoder_weights if read_weights else 'none'
     if config.encoder == 'unet':
         model = network(n_classes=n_classes)
         if weights != 'none':
-            model.encoder.load_state_dict(load_model(weights).encoder.state_dict())
+            source = load_model(weights)
+            if source.encoder_name != 'unet':
+                raise InputError(
+                    f'{weights}: its encoder is {source.encoder_name}; --encoder unet takes one of its own kind'
+                )
+            model.encoder.load_state_dict(source.encoder.state_dict())
         return model
     model = network(n_classes=n_classes, encoder=config.encoder, encoder_weights=weights)
     if config.encoder_weights != 'none':
@@ -259,7 +264,7 @@ def chosen_by(row):
 
 
 class Run:
-    """All that a run has and that training changes. `state` returns what last.pt holds, `restore` reads it back."""
+    """The state of a run: `state` is the content of last.pt, `restore` reads it back."""
 
     STATEFUL = ('model', 'weighting', 'optimizer', 'schedule', 'average')
 
@@ -314,7 +319,7 @@ class Run:
         return draw_epoch(self.splits['train'], config.batch_size, config.seed, epoch, config.steps)
 
     def start_epoch(self, steps=0, losses=None, seconds=0.0):
-        """Of the current epoch: steps done, their losses, seconds spent before this process."""
+        """Reset the current epoch, or restore it: steps done, their losses, seconds spent before this process."""
         self.steps, self.losses = steps, losses or MeanLosses()
         self.started = time.perf_counter() - seconds
 
@@ -392,17 +397,16 @@ class Run:
 
 
 def compare_settings(path, old, new):
-    """Raises InputError for a checkpoint of other settings, which it names; prints those of TOLD."""
+    """Raises InputError for a checkpoint of other settings, which it names; prints those of REPORTED."""
     changed = {key: f'{key} was {old.get(key)} and is {new[key]}' for key in new if old.get(key) != new[key]}
-    for key in TOLD:
-        if key in changed:
-            print_once(f'{path}: {changed[key]}; the weights may differ from those of a run that was not stopped')
-    refused = [text for key, text in changed.items() if key not in TOLD]
-    if refused:
+    for key in REPORTED:
+        if text := changed.pop(key, None):
+            print_once(f'{path}: {text}; the weights may differ from those of an uninterrupted run')
+    if changed:
         advice = 'use the same options, or another --out'
         if 'precision' in changed:
             advice = 'go on where the device is as fast in bfloat16 as before, or start again with another --out'
-        raise InputError(f'{path}: another configuration, {", ".join(refused)}; {advice}')
+        raise InputError(f'{path}: another configuration, {", ".join(changed.values())}; {advice}')
 
 
 class Checkpoints:
@@ -452,7 +456,7 @@ class Checkpoints:
 
 
 def write_epoch(run):
-    """Write what is made from last.pt; a resumed run writes it again, as it may be older than last.pt."""
+    """Write the files made from the history; again on resume, as a kill may have left them older than last.pt."""
     folder = Path(run.config.out)
     save_checkpoint(folder / 'best.pt', run.best_model)
     report.write_log(run.history, folder / 'log.csv')
@@ -467,7 +471,7 @@ def train(network, weighting, config):
         seed_everything(config.seed)
         run = start_run(network, weighting, config)
         checkpoints = Checkpoints(run, stop)
-        # Several ranks check for a signal only in `before_step`, so that all of them stop before the same step.
+        # With several ranks, signals are checked only in `before_step`, so that all stop before the same step.
         check = stop.check if get_world_size() == 1 else lambda: None
         try:
             while run.epoch <= config.epochs:

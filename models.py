@@ -30,7 +30,7 @@ from support.timm_models import create_features
 
 MODEL = str(Path(__file__).with_name('mtl_model.pt'))  # what train_mtl.py writes and mtl_vis.py reads
 CHANNELS = (32, 64, 128, 256, 256)  # of our own encoder at /2, /4, /8, /16 and /32
-# Of the mask decoder at /2, /4, /8 and /16 with an encoder of timm, whose own channels may be 16 or 2048.
+# Of the mask decoder at /2, /4, /8 and /16 with an encoder of timm, whose own channels range from 16 to 2048.
 TIMM_WIDTHS = (32, 48, 64, 128)
 
 
@@ -135,10 +135,7 @@ def is_slow_in_bfloat16(conv):
 
 
 class Float32(nn.Module):
-    """A convolution that computes in float32 on a CPU, also under autocast.
-
-    In a state dict its parameters have the names that they have without it.
-    """
+    """A convolution that computes in float32 on a CPU, also under autocast. Transparent in state dicts."""
 
     def __init__(self, conv):
         super().__init__()
@@ -170,7 +167,7 @@ class MaskDecoder(nn.Module):
     """Encoder features -> mask logits (N, c_out, H, W).
 
     Each level reduces the coarser features to its own `width`, doubles their size, adds the encoder's features and
-    convolves once. Concatenation and two convolutions cost four times as much for each level.
+    convolves once: a quarter of the cost of concatenation and two convolutions.
     """
 
     def __init__(self, channels, widths, c_out):

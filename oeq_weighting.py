@@ -31,7 +31,7 @@ def weighting(name):
 
 
 def print_table(rows):
-    """`rows`: {name: metrics}. Ranked by validation Dice: ranked by the test, the winner's test would flatter it."""
+    """`rows`: {name: metrics}. Ranked by validation Dice: choosing by test Dice would bias the winner's score."""
     print(f'{"weighting":14}{"val dice":>10}' + ''.join(f'{"test " + name:>15}' for name in METRICS))
     for name, metrics in sorted(rows.items(), key=lambda row: -row[1]['validation'].get('dice', 0)):
         test = ''.join(f'{metrics["test"].get(key, {}).get("mean", float("nan")):15.4f}' for key in METRICS)

@@ -17,8 +17,8 @@ def orthogonalise(matrix):
     a, b, c = NEWTON_SCHULZ
     x = matrix if len(matrix) <= matrix.shape[1] else matrix.T
     x = x / x.norm().clamp(min=1e-7)  # the Frobenius norm is at least the spectral one
-    # Each iteration multiplies x by a polynomial p of gram = x x^T, and gram by p from both sides: only the small
-    # matrices are iterated.
+    # Iterating the small gram = x x^T is cheaper than iterating x: each iteration multiplies x by a polynomial p of
+    # gram, and gram by p from both sides.
     gram, product = x @ x.T, None
     for number in range(1, ITERATIONS + 1):
         p = torch.addmm(gram, gram, gram, beta=b, alpha=c)
@@ -82,7 +82,7 @@ def make_optimizer(model, weighting, lr, encoder_lr, weight_decay, muon=True):
 
 
 def is_hidden_convolution(parameter):
-    """Whether it is the weight of a convolution that is neither a last layer nor depthwise."""
+    """Whether it is a convolution's weight of at least 32 x 32 as a matrix: no last layer, no depthwise one."""
     return parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) >= 32
 
 
@@ -99,9 +99,10 @@ def make_schedule(optimizer, total_steps):
 
 
 def make_average(model, total_steps, share):
-    """The moving average of the weights over about the last `share` of the run, which is what is evaluated.
+    """The exponential moving average of the weights, which is what is evaluated.
 
-    Early on it averages over the last ninth of the steps done, so that the random initial weights leave it soon.
+    Its window is `share` of the run, at most 1,000 steps; at first the last ninth of the steps done, so that the random
+    initial weights fade soon.
     """
     decay = max(0, min(0.999, 1 - 1 / (share * total_steps)))
 

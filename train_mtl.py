@@ -22,7 +22,7 @@ def main(argv=None):
     model_help = 'where the trained model goes (default: mtl_model.pt beside the scripts)'
     parser.add_argument('--model', type=file_to_write, default=MODEL, metavar='FILE', help=model_help)
     args = parser.parse_args(argv)
-    with process_group(args.device):
+    with process_group(args.device):  # joined here, so that only rank 0 writes the model below
         engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), engine.Config.from_args(args))
         if is_main_process():
             best = (Path(args.out) / 'best.pt').read_bytes()

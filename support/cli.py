@@ -14,8 +14,7 @@ from pathlib import Path
 
 # What asks a script to stop. The terminal sends SIGHUP when its window is closed.
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
-# Seconds. The terminal and torchrun, or timeout twice, pass one request on: what comes so soon is no second one.
-ECHO = 0.5
+ECHO = 0.5  # seconds: one Ctrl-C can come twice, from the terminal and from torchrun; within this time it counts once
 
 
 class InputError(Exception):
@@ -119,8 +118,8 @@ def signals_blocked():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_signals(_=None):
-    """For a child process, as a DataLoader's `worker_init_fn`: its parent decides when it stops."""
+def ignore_signals():
+    """For a child process: its parent decides when it stops."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, 'pthread_sigmask'):

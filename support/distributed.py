@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from support.cli import InputError, reason
 
-RENDEZVOUS = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # without one of them, there is no group to join
+RENDEZVOUS = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # all set by a launcher
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def on_main_process(function, *args):
 
 @contextmanager
 def held_by_main_process(context):
-    """Rank 0 holds a context manager, such as a lock; every process gets the error of entering it."""
+    """Enter `context`, such as a lock, on rank 0 only; every rank gets its error."""
 
     def enter():
         stack.enter_context(context)

@@ -104,7 +104,7 @@ def write_scores(scores, names, classes, path):
 
 def new_figure(**options):
     """A matplotlib Figure, which needs no display; `options` are those of Figure."""
-    os.environ['MPLBACKEND'] = 'agg'  # a notebook names a backend of its own, which a script cannot import
+    os.environ['MPLBACKEND'] = 'agg'  # a notebook sets one that a script cannot import
     from matplotlib.figure import Figure
 
     return Figure(**options)

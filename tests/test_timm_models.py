@@ -231,6 +231,14 @@ def test_own_encoder_starts_from_that_of_a_model_file(shared_data, finished_run,
     assert all(torch.equal(first[name], last[name]) for name in first if name.endswith('conv.weight'))
 
 
+def test_own_encoder_takes_no_other_encoders_weights(shared_data, tmp_path, error_line):
+    torch.manual_seed(0)
+    path = tmp_path / 'model.pt'
+    save_checkpoint(path, model_content(MTLNet(n_classes=8, encoder=SMALL), list('abcdefgh'), [None] * 8, (64, 64)))
+    line = error_line(train_baseline.main, *training_options(shared_data, tmp_path / 'run', '--encoder-weights', path))
+    assert f'model.pt: its encoder is {SMALL}; --encoder unet takes one of its own kind' in line
+
+
 @pytest.mark.parametrize(
     'options, weights, muon',
     [
