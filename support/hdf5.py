@@ -168,9 +168,8 @@ def write_text(attributes, name, text):
 def read_text(attributes, name):
     """A str, a list of str, or None if there is no such text; also of variable length."""
     value = np.asarray(attributes.get(name))
-    texts = value.ravel().tolist()
-    texts = [each.decode(errors='surrogateescape') if isinstance(each, bytes) else each for each in texts]
-    if not texts or not all(isinstance(each, str) for each in texts):
+    texts = [text.decode(errors='surrogateescape') if isinstance(text, bytes) else text for text in value.flat]
+    if not texts or not all(isinstance(text, str) for text in texts):
         return None
     return texts if value.ndim else texts[0]
 
@@ -179,10 +178,10 @@ def copy_attributes(source, target):
     """Copy the attributes of an HDF5 object; text becomes of fixed length."""
     for name, value in source.attrs.items():
         text = read_text(source.attrs, name)
-        if text is not None and np.asarray(value).dtype.kind in 'OU':
-            write_text(target.attrs, name, text)
-        else:
+        if text is None:
             target.attrs[name] = value
+        else:
+            write_text(target.attrs, name, text)
 
 
 # ---- creating
@@ -196,14 +195,16 @@ def create_h5(path):
     when it writes them to a full disk while it closes a dataset. Without a lock, which some file systems do not
     have: nobody else knows the new file.
     """
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_obj_track_times(False)  # the same content gives the same bytes
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_LATEST)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)  # as h5py.File does
-    access.set_cache(0, 1, 0, 0)
-    access.set_sieve_buf_size(0)
+    access.set_cache(0, 1, 0, 0)  # of chunks
+    access.set_sieve_buf_size(0)  # of datasets without chunks
     access.set_file_locking(False, False)
     try:
-        with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, fapl=access)) as file:
+        with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)) as file:
             yield file
     except H5_ERRORS as error:
         number = re.search(r'errno = (\d+)', str(error))

@@ -98,7 +98,7 @@ def test_without_smp_a_line_says_so(monkeypatch):
 
 
 def test_layout_and_precision_change_nothing_but_the_rounding(large_data):
-    losses, config = [], Config(large_data, device='cpu', batch_size=2)
+    losses, config = [], Config(large_data, device='cpu', batch_size=1)
     *names, _ = train_step.WATERFALL  # the last is another network
     for name in names:
         line = train_step.WATERFALL[name]

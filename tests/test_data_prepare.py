@@ -71,7 +71,7 @@ def deal(groups, shares=(80, 10, 10)):
 def test_each_split_has_its_share_of_every_label_and_breed_and_groups_stay_whole():
     ordered = in_strata_order(records(600), seed=1)
     single = [[record] for record in ordered]
-    paired = [ordered[i : i + 1 + (i % 12 == 0)] for i in range(600) if i % 12 != 1]  # a pair, ten alone, and again
+    paired = [ordered[i : i + 1 + (i % 12 == 0)] for i in range(600) if i % 12 != 1]  # a pair, ten singles, and again
     for groups in single, paired:
         splits = deal(groups)
         assert all(any(set(group) <= set(found) for found in splits.values()) for group in groups)
@@ -116,9 +116,6 @@ def test_folds_are_written_and_rechunked_as_splits(oxford, tmp_path, rechunk_in_
     tested = [name for number in range(3) for name in names(out / f'fold{number}', 'test')]
     assert sorted(tested) == sorted(f'breed{i % 3}_{i}' for i in range(30))
     assert len({read_split(out / f'fold{number}' / 'train').preparation for number in range(3)}) == 3
-    with pytest.raises(SystemExit) as stopped:
-        main(['--root', str(root), '--folds', '3', '--split', '60-20-20'])
-    assert stopped.value.code == 2 and 'not allowed with argument --folds' in capsys.readouterr().err
 
 
 def test_a_limit_takes_a_stratified_part():
@@ -260,20 +257,22 @@ def test_a_photograph_is_kept_with_the_labels_it_has(oxford, tmp_path, capsys):
 
 def test_files_are_plain_datasets_of_the_documented_types(oxford, tmp_path):
     prepare(oxford(10, masks=range(10), boxes=range(10)), tmp_path)
-    expected = {
-        'images': ('uint8', (6, 64, 64, 3)),
-        'masks': ('uint8', (6, 64, 64, 1)),
-        'bboxes': ('float32', (6, 4)),
-        'binary': ('uint8', (6, 1)),
-        'breeds': ('int16', (6, 1)),
+    found = {}
+    for path in (tmp_path / 'train').glob('*.h5'):
+        with h5py.File(path) as file:
+            (name,) = file
+            found[name] = file[name].dtype, file[name].shape
+            assert name == path.stem and file[name].chunks is None
+            if name == 'breeds':
+                assert read_text(file['breeds'].attrs, 'class_names') == ['breed0', 'breed1']
+    assert found == {
+        'images': ('u1', (6, 64, 64, 3)),
+        'masks': ('u1', (6, 64, 64, 1)),
+        'bboxes': ('f4', (6, 4)),
+        'binary': ('u1', (6, 1)),
+        'breeds': ('i2', (6, 1)),
         'names': ('S8', (6,)),
     }
-    for stem, (dtype, shape) in expected.items():
-        with h5py.File(tmp_path / 'train' / f'{stem}.h5') as file:
-            assert list(file) == [stem] and file[stem].chunks is None
-            assert (file[stem].dtype, file[stem].shape) == (dtype, shape)
-    with h5py.File(tmp_path / 'train' / 'breeds.h5') as file:
-        assert read_text(file['breeds'].attrs, 'class_names') == ['breed0', 'breed1']
 
 
 @pytest.mark.parametrize('border, value', [('pet', 1), ('background', 0), ('ignore', 255)])
@@ -309,20 +308,18 @@ def test_boxes_are_scaled_by_the_size_in_the_xml(oxford):
 @pytest.mark.parametrize(
     'mode, colour, expected',
     [
-        ('RGB', (200, 100, 50), (200, 100, 50)),
-        ('RGBA', (200, 100, 50, 255), (200, 100, 50)),
-        ('RGBA', (200, 100, 50, 0), (255, 255, 255)),
-        ('P', 0, (200, 100, 50)),
+        ('RGB', (9, 8, 7), (9, 8, 7)),
+        ('RGBA', (9, 8, 7, 255), (9, 8, 7)),
+        ('RGBA', (9, 8, 7, 0), (255, 255, 255)),
+        ('P', 0, (9, 8, 7)),
         ('L', 90, (90, 90, 90)),
-        ('CMYK', (0, 90, 9, 0), (255, 165, 246)),
         ('LA', (90, 255), (90, 90, 90)),
+        ('CMYK', (0, 90, 9, 0), (255, 165, 246)),
         ('1', 1, (255, 255, 255)),
-        ('I;16', 90 * 256, (90, 90, 90)),
         ('I', 90, (90, 90, 90)),
-        ('I', 90 * 256, (90, 90, 90)),
+        ('I;16', 90 * 256, (90, 90, 90)),
         ('F', 90.0, (90, 90, 90)),
         ('F', 90.5 / 255, (90, 90, 90)),
-        ('F', 90.0 * 256, (90, 90, 90)),
     ],
 )
 def test_every_mode_becomes_rgb(mode, colour, expected):
@@ -614,20 +611,12 @@ def test_nothing_is_written_when_a_split_stays_empty(oxford, tmp_path, error_lin
 
 
 @pytest.mark.parametrize(
-    'option',
-    [
-        ('--split', '80-20'),
-        ('--split', 'nan-1-1'),
-        ('--split', 'official'),
-        ('--seed', '-1'),
-        ('--limit', '0'),
-        ('--size', '100'),
-        ('--border', 'grey'),
-        ('--source', 'synthetic', '--root', '.'),
-    ],
+    'options',
+    ['--split 80-20', '--split nan-1-1', '--split official', '--seed -1', '--limit 0', '--size 100', '--border grey']
+    + ['--source synthetic --root .', '--split 60-20-20 --folds 3'],
 )
-def test_options_that_make_no_sense_are_refused(option, tmp_path, capsys):
+def test_options_that_make_no_sense_are_refused(options, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main([*option, '--out', str(tmp_path / 'out')])
-    assert stopped.value.code == 2 and option[0] in capsys.readouterr().err
+        main([*options.split(), '--out', str(tmp_path / 'out')])
+    assert stopped.value.code == 2 and options.split()[0] in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()

@@ -5,7 +5,6 @@ pytest -m slow 'tests/test_fuzz.py::test_damaged_file_gives_a_result_or_one_line
 """
 
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -39,9 +38,7 @@ SECONDS = 100  # until a script counts as hanging; all of them end within a few
 def sound(shared_data, tmp_path_factory):
     """A folder with a sub-folder for each kind of sound file."""
     root = tmp_path_factory.mktemp('sound')
-    for name in 'rechunked', 'checksums':
-        shutil.copytree(shared_data, root / name / 'data')
-    data_rechunk.main(['--data', str(root / 'checksums' / 'data'), '--force', '--checksums'])
+    shutil.copytree(shared_data, root / 'rechunked' / 'data')
     write_others(shared_data, root / 'others' / 'data')
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated
@@ -90,16 +87,6 @@ def overwrite(rng, path):
     content = bytearray(path.read_bytes())
     start, length = rng.randrange(len(content)), rng.choice([1, 8, 100, 4096])
     content[start : start + length] = rng.choice([rng.randbytes(length), bytes(length), b'\xff' * length])
-    path.write_bytes(content)
-
-
-def flip_stored_byte(rng, path):
-    """A byte of an image or a mask in an HDF5 file."""
-    with h5py.File(path) as file:
-        dataset = file[path.stem].id
-        chunk = dataset.get_chunk_info(rng.randrange(dataset.get_num_chunks()))
-    content = bytearray(path.read_bytes())
-    content[chunk.byte_offset + rng.randrange(chunk.size)] ^= rng.randrange(1, 256)
     path.write_bytes(content)
 
 
@@ -173,26 +160,6 @@ def wrong_entry(rng, path):
     torch.save(content, path)
 
 
-class Evil:
-    """Unpickled without care, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (f'{self.path}/evil', 'w')
-
-
-def evil_pickle(rng, path):
-    """Code among the entries of a sound file, in each format of torch.save and as a plain pickle."""
-    content, evil = torch.load(path, weights_only=True), Evil(path.parent)
-    content[rng.choice(list(content))] = evil
-    if rng.random() < 0.3:
-        path.write_bytes(pickle.dumps(rng.choice([evil, content])))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=rng.random() < 0.7)
-
-
 # ---- the formats
 
 
@@ -206,7 +173,6 @@ class Format(NamedTuple):
 
 BYTES = [cut, flip_bits, overwrite]
 H5 = [h5_type, h5_shape, h5_value, h5_huge]
-MODEL = [*BYTES, evil_pickle, *[wrong_entry] * 4]
 PREPARE = '--source oxford --root . --size 64 --split 60-20-20 --out out'.split()
 RECHUNK = '--data data --force'.split()
 TRAIN = '--data data --epochs 2 --batch-size 12 --device cpu --out new --model new.pt'.split()
@@ -217,15 +183,13 @@ FORMATS = {
     'HDF5 of others': Format(['others'], 'data/*/*.h5', BYTES + H5, data_rechunk.main, RECHUNK),
     'HDF5, trained on': Format(['rechunked'], 'data/*/[imb]*.h5', BYTES + H5, train_mtl.main, TRAIN),
     'HDF5, drawn': Format(['rechunked', 'run'], 'data/test/[imb]*.h5', BYTES + H5, mtl_vis.main, DRAW),
-    'checksums, trained on': Format(['checksums'], 'data/*/[im]*s.h5', [flip_stored_byte], train_mtl.main, TRAIN),
-    'checksums, rechunked': Format(['checksums'], 'data/*/[im]*s.h5', [flip_stored_byte], data_rechunk.main, RECHUNK),
     'list.txt': Format(['images'], 'oxford-iiit-pet/annotations/list.txt', BYTES, data_prepare.main, PREPARE),
     'XML': Format(['images'], 'oxford-iiit-pet/annotations/xmls/*', BYTES, data_prepare.main, PREPARE),
     'PNG': Format(['images'], 'oxford-iiit-pet/annotations/trimaps/*', BYTES, data_prepare.main, PREPARE),
     'JPEG': Format(['images'], 'oxford-iiit-pet/images/*', BYTES, data_prepare.main, PREPARE),
     'photographs': Format(['images', 'run'], 'oxford-iiit-pet/**/breed0_0.[jp]*g', BYTES, mtl_vis.main, LOOK),
-    'model file': Format(['images', 'run'], 'new/best.pt', MODEL, mtl_vis.main, LOOK),
-    'last.pt': Format(['rechunked', 'run'], 'new/last.pt', [*BYTES, evil_pickle], train_mtl.main, [*TRAIN, '--resume']),
+    'model file': Format(['images', 'run'], 'new/best.pt', [*BYTES, *[wrong_entry] * 4], mtl_vis.main, LOOK),
+    'last.pt': Format(['rechunked', 'run'], 'new/last.pt', BYTES, train_mtl.main, [*TRAIN, '--resume']),
 }
 
 
@@ -280,8 +244,6 @@ def test_damaged_file_gives_a_result_or_one_line(number, sound, ends, tmp_path, 
     assert status == 0 or printed.splitlines()[-1].startswith('error: '), what
     assert 'Traceback' not in printed, what
     assert not list(work.rglob('*.part')), f'left behind, {what}'
-    assert not list(work.rglob('evil')), f'code was run, {what}'
-    assert status == 1 or change is not flip_stored_byte, f'changed data went unnoticed, {what}'
     if status == 1:
         changed = [path for path, content in before.items() if not path.exists() or path.read_bytes() != content]
         # The files before the refused one have been rechunked.
