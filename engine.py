@@ -37,7 +37,7 @@ from dataloader_mtl import (
     training_size,
     worker_errors,
 )
-from evaluation import evaluate, run_test, to_device
+from evaluation import calibrate, evaluate, most_confused, run_test, to_device
 from models import load_model, model_content
 from optimizers import make_average, make_optimizer, make_schedule
 from support import report
@@ -479,11 +479,15 @@ def train(network, weighting, config):
                 row = run.end_epoch(losses, seconds, validate(run, check))
                 checkpoints.save()
                 print_once(report.epoch_line(row, config.epochs))
-            model = load_model(out / 'best.pt', run.device)
-            test, scores = run_test(model, run.splits, run.device, workers=run.workers, before_batch=check)
+            model, options = load_model(out / 'best.pt', run.device), {'workers': run.workers, 'before_batch': check}
+            temperature = calibrate(model, run.splits['val'], run.device, **options)
+            if temperature:
+                on_main_process(save_checkpoint, out / 'best.pt', model_content(model, *run.about))
+                print_once(f'temperature {temperature:.3f} of the class logits, fitted on validation')
+            found = run_test(model, run.splits, run.device, **options)
         except Stopped as stopped:
             raise checkpoints.save_and_stop(stopped) from None
-        metrics = on_main_process(report_test, run, test, scores)
+        metrics = on_main_process(report_test, run, temperature, *found)
         if stop.number:
             raise Stopped(stop.number, f'stopped; the run in {out} is finished, and --resume only tests it again')
         return metrics
@@ -502,17 +506,24 @@ def start_run(network, weighting, config):
     return run
 
 
-def report_test(run, test, scores):
-    """Print the test metrics, write test_scores.csv and metrics.json; returns the content of the latter."""
+def report_test(run, temperature, test, pooled, scores):
+    """Print what `run_test` found, write test_scores.csv and metrics.json; returns the content of the latter."""
     config, best, folder = run.config, run.best, Path(run.config.out)
+    class_names = run.splits['train'].dataset.split.class_names
+    names, classes = image_names(run.splits['test'])
     name = chosen_by(best)
     chosen = f'best validation {name}' if name else 'the last, without validation labels'
-    report.print_test(f'Test, epoch {best["epoch"]} of {config.epochs} ({chosen})', test, PRINTED)
-    report.write_scores(scores, *image_names(run.splits['test']), folder / 'test_scores.csv')
+    report.print_test(f'Test, epoch {best["epoch"]} of {config.epochs} ({chosen})', test | pooled, PRINTED)
+    columns = {name: scores[name] for name in METRICS}
+    report.write_scores(columns, names, classes, folder / 'test_scores.csv')
     metrics = {
         'test': test,
+        'test_pooled': pooled,
+        'most_confused': most_confused(scores, class_names),
+        'worst_masks': report.lowest(columns['dice'], names),
         'validation': report.entries(best, 'val_'),
         'best_epoch': best['epoch'],
+        'temperature': temperature,
         'training_seconds': sum(row['total_seconds'] for row in run.history),
         'config': run.settings | {'workers': run.workers},
         'data': {split: count_known(subset) for split, subset in run.splits.items()},

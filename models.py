@@ -203,6 +203,12 @@ class ClassHead(nn.Module):
     def forward(self, features):
         return self.logits(self.dropout(self.features(features[-1]).mean(dim=(2, 3))))
 
+    @torch.no_grad()
+    def divide_logits(self, temperature):
+        """Divide all logits to come, by way of the last layer."""
+        for parameter in self.logits.parameters():
+            parameter.div_(temperature)
+
 
 class BoxHead(nn.Module):
     """Encoder features -> boxes (N, 4), ordered and in [0, 1] by construction.

@@ -8,7 +8,6 @@ cutout('cat.jpg', prediction).save('cutout.png')
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterable
 from io import IOBase
 from itertools import islice
@@ -24,6 +23,8 @@ from dataloader_mtl import normalise
 from models import FlipAveraged, load_model
 from support.cli import InputError
 from support.files import UnreadableFile, read_image, to_rgb
+from support.splits import SPECIES
+from utils import likeliest_species
 
 __all__ = ['Prediction', 'UnreadableFile', 'cutout', 'load_model', 'predict']
 
@@ -37,7 +38,7 @@ class Prediction(NamedTuple):
     probability: float | None  # of that breed, in [0, 1]
     breeds: list | None  # the five likeliest, (breed, probability), the likeliest first
     species: str | None  # 'cat' or 'dog'; also None if the model file does not know the species of its breeds
-    species_probability: float | None  # the sum over the breeds of that species, in [0, 1]
+    species_probability: float | None  # in [0, 1], see `utils.likeliest_species`
     bbox: tuple | None  # xmin, ymin, xmax, ymax of the head in pixels, float
     mask: np.ndarray | None  # (H, W) bool, True where the pet is
     mask_probability: np.ndarray | None  # (H, W) float32 in [0, 1]; the mask is where it is above 0.5
@@ -131,13 +132,9 @@ def make_prediction(model, label, mask, bbox, size):
         probabilities = label.double().softmax(dim=0).tolist()
         found['breeds'] = sorted(zip(model.class_names, probabilities), key=lambda pair: -pair[1])[:LIKELIEST]
         found['breed'], found['probability'] = found['breeds'][0]
-        species = Counter()
-        for name, probability in zip(model.class_species, probabilities):
-            species[name] += probability
-        del species[None]  # breeds whose species is unknown
-        if species:
-            found['species'], total = species.most_common(1)[0]
-            found['species_probability'] = min(1.0, total)  # rounding may have made it more
+        if any(model.class_species):
+            number, probability = likeliest_species(torch.tensor([probabilities]), model.class_species)
+            found['species'], found['species_probability'] = SPECIES[number], probability.item()
     if bbox is not None:
         found['bbox'] = tuple((bbox.double().cpu() * torch.tensor([*size, *size])).tolist())
     if mask is not None:

@@ -1,4 +1,4 @@
-"""Losses, task weightings and metrics, and the tables `TASKS` and `METRICS` that name them.
+"""Losses, task weightings and metrics, and the tables `TASKS`, `METRICS` and `POOLED` that name them.
 
 Shapes and types are those of a `Sample` of `MTLDataset` and of `models.Outputs`: mask logits and masks
 (N, 1, H, W), class logits (N, n_classes) and labels (N,), boxes (N, 4) in [0, 1]. Unknown is 255 in a mask,
@@ -6,6 +6,7 @@ NaN in a box and -1 as a label. Every loss and metric is a mean over the samples
 batch without labels.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from torchvision import ops
 
 from support.distributed import all_gather
 from support.hdf5 import MASK_UNKNOWN
+from support.splits import SPECIES
 
 
 def mask_known(mask):
@@ -191,13 +193,90 @@ def accuracy(label_logits, label, reduction='mean'):
     return reduce((label_logits[rows].argmax(dim=1) == label[rows]).double(), reduction)
 
 
-def bootstrap_interval(values, draws=10_000, seed=0):
-    """[low, high]: the percentile bootstrap's 95 % interval of the mean of `values` (Efron and Tibshirani 1993)."""
-    values = np.sort(np.asarray(values, np.float64))  # the order of the samples and the number of ranks change nothing
-    generator = np.random.default_rng(seed)
-    size = draws // 100, len(values)  # in a hundred parts, so that the indices take little memory
-    means = [values[generator.integers(len(values), size=size)].mean(axis=1) for _ in range(100)]
-    return np.quantile(means, (0.025, 0.975)).tolist()
+# ---- metrics of a whole data set, from the details of each sample
+
+
+def mask_details(mask_logits, mask):
+    """{'both', 'predicted', 'true': the counts of `overlap`}."""
+    return dict(zip(('both', 'predicted', 'true'), overlap(mask_logits, mask)))
+
+
+def class_details(label_logits, label, class_species):
+    """What was predicted for each sample whose label is known, each (K,) float64, and the logits (K, n_classes).
+
+    {'logits', 'label', 'predicted': classes, 'rank': of the label, 0 is the likeliest, 'confidence': the highest
+    probability, 'species', 'predicted_species': numbers in SPECIES, NaN for a class of unknown species}.
+    """
+    rows = label_known(label)
+    label, probabilities = label[rows], label_logits[rows].double().softmax(dim=1)
+    numbers = [SPECIES.index(name) if name else math.nan for name in class_species]
+    confidence, predicted = probabilities.max(dim=1)
+    return {
+        'logits': label_logits[rows].double(),
+        'label': label.double(),
+        'predicted': predicted.double(),
+        'rank': (probabilities > probabilities.gather(1, label[:, None])).sum(dim=1).double(),
+        'confidence': confidence,
+        'species': torch.tensor(numbers, dtype=torch.float64, device=label.device)[label],
+        'predicted_species': likeliest_species(probabilities, class_species)[0].double(),
+    }
+
+
+def likeliest_species(probabilities, class_species):
+    """(N, C) probabilities of the classes -> numbers in SPECIES (N,) int64 and their probabilities (N,) in [0, 1].
+
+    Where the likeliest class has more than one half, its species is taken. Elsewhere a species' probability is its
+    mean over its classes, normalised: a sum would favour the species with more of them where the network is unsure.
+    Classes of unknown species do not count; some must be known.
+    """
+    members = [[name == species for name in class_species] for species in SPECIES]
+    members = torch.tensor(members, dtype=probabilities.dtype, device=probabilities.device).T
+    sums, (highest, likeliest) = probabilities @ members, probabilities.max(dim=1)
+    means = sums / members.sum(dim=0).clamp(min=1)
+    sure = ((highest > 0.5) & members.any(dim=1)[likeliest])[:, None]
+    scores = torch.where(sure, sums * members[likeliest], means / means.sum(dim=1, keepdim=True))
+    found, number = scores.max(dim=1)
+    return number, found.clamp(max=1)  # rounding may have made it more
+
+
+def pooled_dice(both, predicted, true):
+    """The Dice coefficient of all known pixels together; counts (..., K) -> (...)."""
+    return share(2 * both.sum(axis=-1), (predicted + true).sum(axis=-1))
+
+
+def pooled_iou(both, predicted, true):
+    """Intersection over union of all known pixels together; counts (..., K) -> (...)."""
+    return share(both.sum(axis=-1), (predicted + true - both).sum(axis=-1))
+
+
+def share(part, whole):
+    """part / whole, and 1 where both are 0."""
+    return np.where(whole > 0, part / np.maximum(whole, 1), 1)
+
+
+def macro_f1(label, predicted):
+    """The mean over the classes that occur in `label` of 2 TP / (2 TP + FP + FN); (..., K) -> (...)."""
+    n_classes = int(max(label.max(), predicted.max())) + 1
+    shape = label.shape[:-1]
+    first = n_classes * np.arange(math.prod(shape)).reshape(*shape, 1)  # each row counts for itself
+
+    def count(classes, where):
+        chosen = (first + classes)[where].astype(np.int64)
+        return np.bincount(chosen, minlength=n_classes * first.size).reshape(*shape, n_classes)
+
+    everywhere = np.ones(label.shape, bool)
+    hits, true = count(label, label == predicted), count(label, everywhere)
+    f1 = 2 * hits / np.maximum(true + count(predicted, everywhere), 1)
+    return f1.sum(axis=-1) / (true > 0).sum(axis=-1)
+
+
+def calibration_error(label, predicted, confidence, bins=15):
+    """The expected calibration error (Guo et al., ICML 2017): |accuracy - confidence| of equally wide bins; (..., K).
+
+    Its mean over the samples, of bins from 0 to 1.
+    """
+    gap, number = (label == predicted) - confidence, np.minimum(confidence * bins, bins - 1).astype(int)
+    return sum(abs(np.where(number == each, gap, 0).sum(axis=-1)) for each in range(bins)) / label.shape[-1]
 
 
 # ---- tables
@@ -216,6 +295,12 @@ class Metric(NamedTuple):
     function: Callable  # (prediction, target, reduction) -> scalar, or a value for each sample
 
 
+class Pooled(NamedTuple):
+    printed: str
+    function: Callable  # (*details) -> a value of the whole data set
+    details: tuple  # the names of what it takes, of `mask_details` or `class_details`
+
+
 TASKS = {
     'mask': Task('mask', MaskLoss(), mask_known),
     'class': Task('label', ClassLoss(), label_known),
@@ -229,7 +314,22 @@ METRICS = {
     'box_iou': Metric('IoU - Bounding Box Regression', 'box', iou_metric),
 }
 
-PRINTED = {name: metric.printed for name, metric in METRICS.items()}
+POOLED = {
+    'pooled_dice': Pooled('Dice Score - Segmentation, pooled', pooled_dice, ('both', 'predicted', 'true')),
+    'pooled_iou': Pooled('IoU - Segmentation, pooled', pooled_iou, ('both', 'predicted', 'true')),
+    'top5_accuracy': Pooled('Top-5 Accuracy - Classification', lambda rank: (rank < 5).mean(axis=-1), ('rank',)),
+    'species_accuracy': Pooled(
+        'Accuracy - Species',
+        lambda species, predicted: (species == predicted).mean(axis=-1),
+        ('species', 'predicted_species'),
+    ),
+    'macro_f1': Pooled('Macro F1 - Classification', macro_f1, ('label', 'predicted')),
+    'calibration_error': Pooled(
+        'Expected Calibration Error - Classification', calibration_error, ('label', 'predicted', 'confidence')
+    ),
+}
+
+PRINTED = {name: metric.printed for name, metric in (METRICS | POOLED).items()}
 
 
 # ---- the losses of a batch and their means

@@ -34,7 +34,7 @@ def epoch_line(row, epochs):
 
 
 def print_test(title, test, printed):
-    """`test`: as `evaluation.run_test` returns it; `printed`: {metric: the name to print}."""
+    """`test`: {metric: what `evaluation.run_test` says of it}; `printed`: {metric: the name to print}."""
     if not test:
         print(f'{title}: no sample has a label')
         return
@@ -100,6 +100,12 @@ def write_scores(scores, names, classes, path):
     columns = ['image', 'class', *scores]
     texts = [['' if math.isnan(value) else f'{value:.6g}' for value in values] for values in scores.values()]
     write_csv(columns, [dict(zip(columns, row)) for row in zip(names, classes, *texts)], path)
+
+
+def lowest(values, names, count=8):
+    """{name: value} of the lowest values of an array (N,), NaN unknown, the lowest first."""
+    order = [row for row in np.argsort(values)[:count] if not math.isnan(values[row])]
+    return {str(names[row]): float(values[row]) for row in order}
 
 
 def new_figure(**options):

@@ -32,7 +32,7 @@ from support.distributed import (
     process_group,
 )
 from support.report import entries
-from utils import UncertaintyLoss
+from utils import METRICS, UncertaintyLoss
 
 CPU = torch.device('cpu')
 
@@ -41,18 +41,12 @@ def run_ranks(main, arguments, log, before=lambda: None, size=2):
     """The exit statuses of a script's ranks; each prints to a file of its own, `log` and its number."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
-        port = free.getsockname()[1]
+        group = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(free.getsockname()[1])}
 
     def start(rank):
         def set_rank():
-            os.environ.update(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(size),
-                LOCAL_WORLD_SIZE=str(size),
-                MASTER_ADDR='localhost',
-                MASTER_PORT=str(port),
-            )
+            os.environ.update(group, RANK=str(rank), LOCAL_RANK=str(rank))
+            os.environ.update(WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
             before()
 
         return start_child(main, arguments, f'{log}{rank}', set_rank)
@@ -163,17 +157,17 @@ def test_two_processes_train_one_model_and_report_its_metrics(shared_data, tmp_p
     out, log = tmp_path / 'run', tmp_path / 'log'
     assert run_ranks(oeq_weighting.main, training_options(shared_data, out), log, before) == [0, 0], printed(log)
     first, second = printed(log)
-    assert first.count('epoch 2/2') == first.count('Dice Score - Segmentation') == 2
+    assert first.count('epoch 2/2') == first.count('Dice Score - Segmentation:') == 2
     assert not any(word in second for word in ('network', 'epoch', 'Dice', 'weighting'))
     for name in 'equal', 'uncertainty':
         metrics = json.loads((out / name / 'metrics.json').read_text())
         assert metrics['config']['processes'] == 2
         splits = load_splits(shared_data, MTLNet.tasks)
-        expected, scores = engine.run_test(load_model(out / name / 'best.pt'), splits, CPU)
+        expected, _, scores = engine.run_test(load_model(out / name / 'best.pt'), splits, CPU)
         with open(out / name / 'test_scores.csv', newline='') as file:
             rows = list(csv.DictReader(file))
-        for metric, values in scores.items():
-            assert [float(row[metric]) for row in rows] == pytest.approx(values, rel=1e-4), metric
+        for metric in METRICS:
+            assert [float(row[metric]) for row in rows] == pytest.approx(scores[metric], rel=1e-4), metric
         for metric, values in metrics['test'].items():
             for key, value in values.items():
                 assert value == pytest.approx(expected[metric][key], rel=1e-5), (metric, key)

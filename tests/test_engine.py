@@ -7,12 +7,22 @@ import multiprocessing
 import os
 import re
 import signal
+from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import read_checkpoints, read_folder, same_bits, train, training_options
+from conftest import (
+    ROOT,
+    change_h5,
+    damage_sample,
+    read_checkpoints,
+    read_folder,
+    same_bits,
+    train,
+    training_options,
+    with_row,
+)
 from PIL import Image
 
 import data_rechunk
@@ -22,12 +32,11 @@ import evaluation
 import train_mtl
 from dataloader_mtl import LOADING, EpochBatches, MTLDataset, Sample
 from models import MTLNet, UNet, load_model
-from optimizers import make_optimizer
 from support.checkpoint import TRAINING_FORMAT, load_checkpoint
 from support.cli import InputError
 from support.device import seed_everything
 from support.report import read_commit
-from utils import METRICS, UncertaintyLoss, WeightedLoss
+from utils import METRICS, POOLED, UncertaintyLoss, WeightedLoss
 
 CPU = torch.device('cpu')
 OFTEN = ('--checkpoint-minutes', '1e-9')  # a checkpoint after each step
@@ -35,14 +44,8 @@ OFTEN = ('--checkpoint-minutes', '1e-9')  # a checkpoint after each step
 
 def test_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
     metrics = train(shared_data, tmp_path)
-    assert sorted(read_folder(tmp_path)) == [
-        'best.pt',
-        'curves.png',
-        'last.pt',
-        'log.csv',
-        'metrics.json',
-        'test_scores.csv',
-    ]
+    files = 'best.pt curves.png last.pt log.csv metrics.json test_scores.csv'
+    assert sorted(read_folder(tmp_path)) == files.split()
     with open(tmp_path / 'log.csv') as file:
         rows = list(csv.DictReader(file))
     assert [row['epoch'] for row in rows] == ['1', '2'] and float(rows[1]['val_dice']) > 0
@@ -64,12 +67,15 @@ def test_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
         assert np.mean([float(row[name]) for row in rows]) == pytest.approx(values['mean'], rel=1e-5)
     printed = capsys.readouterr().out
     assert printed.count('epoch 1/2: training loss mask ') == printed.count('epoch 2/2: training loss mask ') == 1
-    for metric in METRICS.values():
+    for metric in (METRICS | POOLED).values():
         assert f'  {metric.printed}: ' in printed
+    assert metrics['test_pooled'].keys() == POOLED.keys() and 0.1 <= metrics['temperature'] <= 10
+    lowest = sorted(float(row['dice']) for row in rows)[:8]
+    assert list(metrics['worst_masks'].values()) == pytest.approx(lowest, rel=1e-5)
 
 
 def test_epoch_with_the_best_validation_dice_is_tested_once(shared_data, tmp_path, monkeypatch):
-    scores, scored, weights, original = iter([0.3, 0.9, 0.5, 0.7]), [], [], evaluation.score
+    scores, scored, weights, original = iter([0.3, 0.9, 0.5, 0.7, 0.9]), [], [], evaluation.score
 
     def score(model, part, *args, **kw):
         split, kind = part.dataset.folder.name, type(model).__name__
@@ -81,9 +87,9 @@ def test_epoch_with_the_best_validation_dice_is_tested_once(shared_data, tmp_pat
 
     monkeypatch.setattr(evaluation, 'score', score)
     metrics = train(shared_data, tmp_path, '--epochs', 4, '--limit-batches', 1)
-    assert scored == [('val', 'MTLNet')] * 4 + [('test', name) for name in ('MTLNet', 'FlipAveraged', 'ConstantNet')]
+    assert scored == [('val', 'MTLNet')] * 5 + [('test', name) for name in ('MTLNet', 'FlipAveraged', 'ConstantNet')]
     assert metrics['best_epoch'] == 2 and metrics['validation']['dice'] == 0.9
-    assert torch.equal(weights[4], weights[1]) and not torch.equal(weights[4], weights[3])
+    assert torch.equal(weights[5], weights[1]) and not torch.equal(weights[5], weights[3])
 
 
 def test_seed_decides_the_weights(shared_data, finished_run, tmp_path):
@@ -103,19 +109,6 @@ def test_uncertainty_weights_are_learned(shared_data, tmp_path):
     metrics = train(shared_data, tmp_path, weighting=UncertaintyLoss(MTLNet.tasks))
     assert set(metrics['learned_weighting']) == {f'log_variance.{task}' for task in MTLNet.tasks}
     assert all(abs(value) > 1e-4 for value in metrics['learned_weighting'].values())
-
-
-def test_task_without_weight_gives_no_gradient(shared_data, tmp_path):
-    train(shared_data, tmp_path, '--epochs', 1, weighting=WeightedLoss({'mask': 1, 'class': 1, 'box': 0}))
-    state = load_checkpoint(tmp_path / 'last.pt', TRAINING_FORMAT)['optimizer']['state']
-    model, weighting = MTLNet(n_classes=8), WeightedLoss.equal(MTLNet.tasks)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = make_optimizer(model, weighting, 1, 1, 0.05).param_groups
-    order = [names[id(parameter)] for group in groups for parameter in group['params']]
-    assert sorted(order) == sorted(names.values())
-    for index, name in enumerate(order):
-        moment = state[index]['momentum' if 'momentum' in state[index] else 'exp_avg']
-        assert bool(moment.any()) == (not name.startswith('box_head')), name
 
 
 @pytest.mark.parametrize('network', [MTLNet, UNet])
@@ -173,26 +166,33 @@ def test_weights_that_are_not_finite_are_not_saved(shared_data, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    'spoil, message',
+    'files, spoil, message',
     [
-        (lambda data: (data / 'val' / 'masks.h5').unlink(), 'val/masks.h5: no such file'),
-        (lambda data: (data / 'train' / 'images.h5').write_bytes(b'x' * 5000), 'not a valid HDF5 file'),
+        ('val/masks.h5', Path.unlink, 'val/masks.h5: no such file'),
+        ('train/images.h5', lambda path: path.write_bytes(b'x' * 5000), 'not a valid HDF5 file'),
+        (
+            'test/[!n]*.h5',
+            lambda path: change_h5(path, np.copy, preparation='another'),
+            'do not belong together, their preparation differs',
+        ),
+        (
+            '*/[im]*.h5',
+            lambda path: change_h5(path, lambda pixels: np.pad(pixels, ((0, 0), (0, 0), (0, 8), (0, 0)))),
+            'images of 72 x 64 pixels',
+        ),
     ],
-    ids=['missing', 'damaged'],
+    ids=['missing', 'damaged', 'of two preparations', 'of a size that the networks cannot take'],
 )
-def test_bad_data_is_one_line(data, tmp_path, error_line, spoil, message):
-    spoil(data)
+def test_bad_data_is_one_line(data, tmp_path, error_line, files, spoil, message):
+    for path in data.glob(files):
+        spoil(path)
     assert message in error_line(train_mtl.main, '--data', data, '--out', tmp_path / 'run')
 
 
 def test_damage_found_by_a_worker_is_one_line(data, tmp_path, error_line):
     path = data / 'train' / 'images.h5'
     data_rechunk.rechunk_file(path, checksums=True)
-    with h5py.File(path) as file:
-        offset = file['images'].id.get_chunk_info(7).byte_offset
-    with open(path, 'r+b') as file:
-        file.seek(offset + 100)
-        file.write(b'damaged')
+    damage_sample(path, 7)
     line = error_line(train_mtl.main, '--data', data, '--out', tmp_path / 'run', '--workers', 1)
     workers = multiprocessing.active_children()
     for worker in workers:
@@ -230,20 +230,6 @@ def test_end_or_error_of_a_loading_process_is_one_line_that_names_workers(
     assert line.startswith('error: a process that loads data failed (') and '--workers 0' in line
 
 
-def test_splits_of_two_preparations_are_refused(data, tmp_path, error_line):
-    for path in (data / 'test').glob('*.h5'):
-        with h5py.File(path, 'a') as file:
-            file[path.stem].attrs['preparation'] = 'another'
-    line = error_line(train_mtl.main, '--data', data, '--out', tmp_path / 'run')
-    assert 'do not belong together, their preparation differs' in line
-
-
-def test_sizes_that_the_networks_cannot_take_are_refused(original_files, tmp_path, error_line):
-    root = original_files(size=(64, 72))
-    data_rechunk.rechunk(root)
-    assert 'images of 72 x 64 pixels' in error_line(train_mtl.main, '--data', root, '--out', tmp_path / 'run')
-
-
 @pytest.mark.parametrize(
     'split, stem, value, network',
     [
@@ -257,9 +243,7 @@ def test_sizes_that_the_networks_cannot_take_are_refused(original_files, tmp_pat
     ],
 )
 def test_split_without_labels_of_a_task_trains(data, tmp_path, split, stem, value, network):
-    with h5py.File(data / split / f'{stem}.h5', 'r+') as file:
-        file[stem][:] = np.full(file[stem].shape, value, file[stem].dtype)
-    data_rechunk.rechunk_file(data / split / f'{stem}.h5', force=True)  # which masks are known is recorded anew
+    change_h5(data / split / f'{stem}.h5', with_row(..., value))
     metrics = train(data, tmp_path / 'run', '--epochs', 1, '--limit-batches', 1, network=network)
     name = {'masks': 'dice', 'bboxes': 'box_iou', 'breeds': 'accuracy'}[stem]
     assert (name in metrics['validation']) == (split != 'val')
@@ -267,10 +251,7 @@ def test_split_without_labels_of_a_task_trains(data, tmp_path, split, stem, valu
 
 
 def test_class_without_training_samples_stays_a_class(data, tmp_path):
-    with h5py.File(data / 'train' / 'breeds.h5', 'r+') as file:
-        labels = file['breeds'][()]
-        labels[labels == 7] = 2
-        file['breeds'][:] = labels
+    change_h5(data / 'train' / 'breeds.h5', lambda labels: np.where(labels == 7, 2, labels))
     metrics = train(data, tmp_path / 'run', '--epochs', 1, '--limit-batches', 1)
     assert 'accuracy' in metrics['test']
     assert len(load_model(tmp_path / 'run' / 'best.pt').class_names) == 8
@@ -280,23 +261,13 @@ def test_class_without_training_samples_stays_a_class(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'option, value',
-    [
-        ('--epochs', '0'),
-        ('--epochs', 'abc'),
-        ('--batch-size', '-4'),
-        ('--lr', 'nan'),
-        ('--lr', '-1'),
-        ('--workers', '-1'),
-        ('--seed', '-1'),
-        ('--seed', '99999999999'),
-        ('--limit-batches', '0'),
-        ('--checkpoint-minutes', '0'),
-        ('--model', '.'),
-        ('--model', f'{__file__}/model.pt'),
-    ],
+    'options',
+    ['--epochs 0', '--epochs abc', '--batch-size -4', '--lr nan', '--lr -1', '--workers -1', '--seed -1']
+    + ['--seed 99999999999', '--limit-batches 0', '--checkpoint-minutes 0', '--model .', '--model README.md/model.pt'],
 )
-def test_option_out_of_range_is_refused(option, value, tmp_path, capsys):
+def test_option_out_of_range_is_refused(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    option, value = options.split()
     with pytest.raises(SystemExit) as stopped:
         train_mtl.main([option, value, '--out', str(tmp_path / 'run')])
     assert stopped.value.code == 2 and f"{option}: '{value}' is " in capsys.readouterr().err

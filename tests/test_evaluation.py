@@ -10,8 +10,9 @@ from torchvision.ops import box_iou
 
 import evaluation
 from dataloader_mtl import MTLDataset, Sample, load_splits
+from evaluation import bootstrap_interval, fit_temperature
 from models import FlipAveraged, MTLNet, Outputs, UNet
-from utils import METRICS, bootstrap_interval
+from utils import METRICS, POOLED
 
 CPU = torch.device('cpu')
 
@@ -91,11 +92,17 @@ def test_test_metrics_are_of_the_model_of_its_flips_and_of_a_constant_prediction
     test.labels[:] = [5, 5, 5, 1, 2, 3, 5, -1, 4, 0, -1, -1]
     model = Oracle(splits['test'].dataset, imperfect)
     model.class_names = test.class_names
-    found, plain = evaluation.run_test(model, splits, CPU)
+    found, pooled, plain = evaluation.run_test(model, splits, CPU)
     scores, _ = evaluation.score(model, splits['test'], CPU, batch_size=5)
     assert all(np.array_equal(plain[name], scores[name], equal_nan=True) for name in METRICS)
     assert np.isnan(plain['accuracy']).tolist() == [label < 0 for label in test.labels]
-    plain = {name: values[~np.isnan(values)] for name, values in plain.items()}
+    assert pooled.keys() == POOLED.keys()
+    counts = [plain[name] for name in ('both', 'predicted', 'true')]
+    assert pooled['pooled_iou']['mean'] == POOLED['pooled_iou'].function(*counts)
+    assert pooled['pooled_iou']['interval'] == bootstrap_interval(counts, POOLED['pooled_iou'].function)
+    assert pooled['species_accuracy']['images'] == 9 and pooled['macro_f1']['constant'] == pytest.approx((8 / 13) / 6)
+    assert evaluation.most_confused(plain, test.class_names, 1)[0]['images'] >= 1
+    plain = {name: plain[name][~np.isnan(plain[name])] for name in METRICS}
     assert {name: values['images'] for name, values in found.items()} == {
         'dice': 12,
         'mask_iou': 12,
@@ -114,7 +121,7 @@ def test_test_metrics_are_of_the_model_of_its_flips_and_of_a_constant_prediction
     }
     for name, values in found.items():
         assert values['mean'] == pytest.approx(sum(plain[name]) / len(plain[name]), rel=1e-9)
-        assert values['interval'] == bootstrap_interval(plain[name])
+        assert values['interval'] == bootstrap_interval([plain[name]])
         assert values['constant'] == pytest.approx(float(constant[name]), rel=1e-5), name
         assert values['flip_interval'][0] <= values['flip_mean'] <= values['flip_interval'][1]
     # Of `imperfect`, mirroring the image mirrors the mask, and not the box.
@@ -133,4 +140,50 @@ def test_tasks_without_labels_have_no_test_metrics(data):
     test.bboxes[:] = train.bboxes[:] = math.nan
     model = MTLNet(n_classes=8)
     model.class_names = test.class_names
-    assert evaluation.run_test(model, splits, CPU)[0].keys() == {'dice', 'mask_iou'}
+    means, pooled, _ = evaluation.run_test(model, splits, CPU)
+    assert means.keys() == {'dice', 'mask_iou'} and pooled.keys() == {'pooled_dice', 'pooled_iou'}
+    assert evaluation.calibrate(model, splits['test'], CPU) is None
+
+
+def test_calibration_divides_the_logits_and_changes_no_prediction(shared_data):
+    part = Subset(MTLDataset('test', root=shared_data), range(8))
+    model = MTLNet(n_classes=8)
+    with torch.no_grad():
+        model.class_head.logits.weight.mul_(50)
+    before, _ = evaluation.score(model, part, CPU)
+    temperature = evaluation.calibrate(model, part, CPU)
+    after, _ = evaluation.score(model, part, CPU)
+    assert temperature != 1 and after['logits'] == pytest.approx(before['logits'] / temperature, rel=1e-4)
+    assert np.array_equal(after['predicted'], before['predicted'])
+    assert evaluation.calibrate(UNet(), part, CPU) is None
+
+
+@pytest.mark.parametrize('count', [1, 5])
+def test_interval_of_equal_values_is_that_value(count):
+    assert bootstrap_interval([np.full(count, 0.25)]) == [0.25, 0.25]
+
+
+def test_interval_of_a_normal_sample_is_close_to_the_normal_one():
+    values = np.random.default_rng(1).normal(0.6, 0.1, 400)
+    low, high = bootstrap_interval([values])
+    half = 1.96 * values.std() / 400**0.5
+    assert low == pytest.approx(values.mean() - half, abs=0.05 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.05 * half)
+
+
+def test_interval_of_a_skewed_sample_is_that_of_its_resampled_means():
+    """Of n values, k of them 1: binomial; the 2.5th and 97.5th percent of 40 draws at 0.1 are 1 and 8."""
+    assert bootstrap_interval([np.repeat([1.0, 0.0], [4, 36])]) == [1 / 40, 8 / 40]
+
+
+def test_interval_is_seeded_and_of_the_same_samples_in_all_columns():
+    values = np.random.default_rng(0).random(50)
+    assert bootstrap_interval([values]) == bootstrap_interval([values]) != bootstrap_interval([values], seed=1)
+    assert bootstrap_interval([values, 1 - values], lambda a, b: (a + b).mean(axis=-1)) == pytest.approx([1, 1])
+
+
+def test_temperature_is_that_of_the_highest_likelihood():
+    """Logits of a calibrated two-class prediction, made twice as sure as they are right."""
+    logits = np.array([[np.log(3), 0]] * 4) * 2
+    assert fit_temperature(logits, np.array([0, 0, 0, 1])) == pytest.approx(2, rel=0.01)
+    assert fit_temperature(logits, np.zeros(4)) == pytest.approx(0.1)

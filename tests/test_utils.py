@@ -19,10 +19,16 @@ from utils import (
     UncertaintyLoss,
     WeightedLoss,
     accuracy,
-    bootstrap_interval,
+    calibration_error,
+    class_details,
     dice_score,
     iou_metric,
+    likeliest_species,
+    macro_f1,
+    mask_details,
     mask_iou,
+    pooled_dice,
+    pooled_iou,
     task_losses,
 )
 
@@ -169,31 +175,48 @@ def test_log_variance_has_no_gradient_without_labels():
     assert weighting.log_variance['box'].grad is None
 
 
-# ---- the interval of a mean
+# ---- metrics of a whole data set
 
 
-@pytest.mark.parametrize('count', [1, 5])
-def test_interval_of_equal_values_is_that_value(count):
-    assert bootstrap_interval([0.25] * count) == [0.25, 0.25]
+def test_pooled_metrics_add_up_the_pixels_of_all_images():
+    counts = {name: values.numpy() for name, values in mask_details(PREDICTED, TARGET).items()}
+    assert counts['both'].tolist() == [1, 1, 0, 1] and counts['predicted'].tolist() == [2, 1, 0, 2]
+    assert pooled_dice(**counts) == 6 / 8 and pooled_iou(**counts) == 3 / 5
+    nothing = dict.fromkeys(counts, np.zeros(2))
+    assert pooled_dice(**nothing) == pooled_iou(**nothing) == 1
 
 
-def test_interval_of_a_normal_sample_is_close_to_the_normal_one():
-    values = np.random.default_rng(1).normal(0.6, 0.1, 400)
-    low, high = bootstrap_interval(values.tolist())
-    half = 1.96 * values.std() / 400**0.5
-    assert low == pytest.approx(values.mean() - half, abs=0.05 * half)
-    assert high == pytest.approx(values.mean() + half, abs=0.05 * half)
+def test_macro_f1_is_the_mean_over_the_classes_that_occur():
+    label, predicted = np.array([[0, 0, 1, 3]] * 2), np.array([[0, 1, 1, 2], [0, 0, 1, 3]])
+    # Of the first row: class 0 is 2 / 3, class 1 is 2 / 3, class 3 is 0; class 2 does not occur.
+    assert macro_f1(label, predicted).tolist() == pytest.approx([4 / 9, 1])
+    assert macro_f1(label[0], predicted[0]) == pytest.approx(4 / 9)
 
 
-def test_interval_of_a_skewed_sample_is_that_of_its_resampled_means():
-    """Of n values, k of them 1: binomial; the 2.5th and 97.5th percent of 40 draws at 0.1 are 1 and 8."""
-    assert bootstrap_interval([1.0] * 4 + [0.0] * 36) == [1 / 40, 8 / 40]
+def test_calibration_error_is_the_gap_of_each_bin_by_its_size():
+    label, predicted = np.array([0, 1, 1, 1]), np.array([0, 1, 0, 1])
+    confidence = np.array([0.9, 0.9, 0.91, 1.0])  # three in one bin, two of them right; one in the last
+    assert calibration_error(label, predicted, confidence) == pytest.approx((2.71 - 2) / 4)
 
 
-def test_interval_is_seeded_and_does_not_depend_on_the_order():
-    values = np.random.default_rng(0).random(50)
-    assert bootstrap_interval(values) == bootstrap_interval(values) != bootstrap_interval(values, seed=1)
-    assert bootstrap_interval(values[::-1]) == bootstrap_interval(values)
+def test_class_details_of_the_samples_with_a_label():
+    logits = torch.tensor([[3.0, 1, 2], [0, 0, 9], [0, 1, 5]])
+    found = class_details(logits, torch.tensor([2, -1, 2]), ['cat', 'dog', None])
+    assert found['label'].tolist() == [2, 2]
+    assert found['predicted'].tolist() == [0, 2] and found['rank'].tolist() == [1, 0]
+    assert found['confidence'].tolist() == pytest.approx(logits[[0, 2]].softmax(dim=1).amax(dim=1).tolist())
+    assert found['species'].isnan().all() and torch.equal(found['logits'], logits[[0, 2]].double())
+
+
+def test_the_species_of_a_sure_class_is_taken_and_otherwise_the_mean_over_classes():
+    species = ['cat', 'dog', 'dog', 'dog', None]
+    shares = torch.tensor(
+        [[0.4, 0.6, 0, 0, 0], [0.3, 0.2, 0.2, 0.2, 0.1], [0.1, 0.3, 0.3, 0.1, 0.2], [0.1, 0, 0, 0.1, 0.8]]
+    )
+    number, probability = likeliest_species(shares, species)
+    assert number.tolist() == [1, 0, 1, 0]
+    means = torch.tensor([0.3 / (0.3 + 0.2), (0.7 / 3) / (0.1 + 0.7 / 3), 0.1 / (0.1 + 0.1 / 3)])
+    assert probability.tolist() == pytest.approx([0.6, *means.tolist()])
 
 
 # ---- the losses of a batch and their means
