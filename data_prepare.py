@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from support import synthetic_pets
 from support.cli import InputError, StopRequest, are_names, one_line, positive_number, reason, run_script, whole_number
-from support.files import UnreadableFile, lock_folder, open_image, read_image, replacing, require_file, sync, to_rgb
+from support.files import lock_folder, replacing, require_file, sync
 from support.hdf5 import (
     LARGEST_SIDE,
     MASK_UNKNOWN,
@@ -40,6 +40,7 @@ from support.hdf5 import (
     reading_h5,
     write_text,
 )
+from support.images import UnreadableFile, on_white, open_image, to_srgb
 from support.splits import limited
 
 BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
@@ -136,7 +137,7 @@ class OxfordPets:
         """The record's image in grey at the size THUMBNAIL; raises UnreadableFile."""
         with open_image(self._path('image', record.name)) as image:
             image.draft('L', (64, 64))  # a JPEG is decoded in grey, at a quarter or so of its size
-            return np.asarray(to_rgb(image).convert('L').resize(THUMBNAIL, Image.Resampling.BOX))
+            return np.asarray(on_white(to_srgb(image)).convert('L').resize(THUMBNAIL, Image.Resampling.BOX))
 
     def read(self, record, size):
         """The record's image (size, size, 3) uint8 RGB, mask (size, size, 1) uint8 and box (4,) float32.
@@ -144,7 +145,8 @@ class OxfordPets:
         The mask is 1 pet, 0 background and 255 unknown, the box xmin, ymin, xmax and ymax in pixels, NaN unknown.
         Raises UnreadableFile for the image.
         """
-        image = read_image(self._path('image', record.name)).resize((size, size), Image.Resampling.BILINEAR)
+        with open_image(self._path('image', record.name)) as image:
+            image = on_white(to_srgb(image)).resize((size, size), Image.Resampling.BILINEAR)
         mask, bbox = np.full((size, size, 1), MASK_UNKNOWN, np.uint8), np.full(4, np.nan, np.float32)
         try:
             mask = self._read_mask(record.name, size) if record.has_mask else mask

@@ -33,14 +33,16 @@ from models import MODEL
 from prediction import cutout, load_model, predict
 from support.cli import InputError, file_to_write, folder_to_write, one_line, run_script, whole_number
 from support.device import keep_freed_memory
-from support.files import UnreadableFile, read_image, write_file
+from support.files import write_file
 from support.hdf5 import MASK_UNKNOWN
+from support.images import on_white, read_photograph
 from support.report import new_figure
 
 PREDICTED, TARGET = '#ff3b30', '#34c759'  # red and green
 PANEL = (256, 1600)  # pixels: the smallest and the largest longer side of a drawn photograph
 DRAWN = 12  # photographs in the picture
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff', '.avif')  # looked for in folders
+# Looked for in folders.
+SUFFIXES = ('.jpg', '.jpeg', '.jfif', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff', '.avif', '.heic', '.heif')
 
 
 # ---- the picture: rows of (title, panel); a panel is a (3, H, W) uint8 tensor
@@ -146,13 +148,14 @@ class Photograph(NamedTuple):
         return Path(folder) / f'{self.name}_{kind}.png'
 
 
-def find_photographs(arguments, picture):
+def find_photographs(arguments, written):
     """The Photographs that files, folders (searched to any depth) and patterns stand for, in order.
 
-    Folders and patterns leave out `picture`, the one of the run before. Photographs whose names differ only in the
+    Folders and patterns leave out hidden files and folders and those in `written`, which the run before wrote to, and
+    what is below these. Photographs whose names differ only in the
     suffix keep it. Raises InputError for a folder or pattern without any; a file need not exist.
     """
-    found = []
+    found, left_out = [], {Path(path).resolve() for path in written if path}
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
@@ -164,8 +167,12 @@ def find_photographs(arguments, picture):
             found.append(Photograph(path, path.stem))
             continue
         files = sorted(file for file in paths if file.suffix.lower() in SUFFIXES and file.is_file())
-        # macOS leaves files like ._cat.jpg on other systems' disks.
-        files = [file for file in files if file.name[0] != '.' and os.path.realpath(file) != os.path.realpath(picture)]
+        files = [
+            file
+            for file in files
+            if not any(part.startswith('.') for part in file.relative_to(folder).parts)  # such as ._cat.jpg of macOS
+            and not left_out & {file.resolve(), *file.resolve().parents} - {folder.resolve(), *folder.resolve().parents}
+        ]
         if not files:
             raise InputError(f'{argument}: finds no image; looked for files that end in {", ".join(SUFFIXES)}')
         found += [Photograph(file, str(file.relative_to(folder).with_suffix(''))) for file in files]
@@ -200,11 +207,12 @@ def look_at_photographs(model, photographs, args):
     # A bar if it takes longer than two seconds.
     for photograph in tqdm(photographs, unit='photograph', delay=2, leave=False, disable=None):
         try:
-            image = read_image(photograph.path, upright=True)
-        except UnreadableFile as error:
-            tqdm.write(one_line(f'error: {error}'), file=sys.stderr)
+            image = read_photograph(photograph.path)
+            prediction = predict(model, image, flip=args.flip)  # on a CPU, batches are no faster
+        except Exception as error:  # whatever it is, it is of this photograph
+            name = '' if str(photograph.path) in str(error) else f'{photograph.path}: '
+            tqdm.write(one_line(f'error: {name}{str(error) or type(error).__name__}'), file=sys.stderr)
             continue
-        prediction = predict(model, image, flip=args.flip)  # on a CPU, batches are no faster
         records.append(json.dumps(as_json(photograph.path, image.size, prediction)))
         line = records[-1] if args.json == '-' else one_line(f'{photograph.path}: {describe(prediction)}')
         tqdm.write(line, file=sys.stdout)
@@ -214,7 +222,7 @@ def look_at_photographs(model, photographs, args):
         if args.cutouts:
             save_png(cutout(image, prediction), photograph.output(args.cutouts, 'cutout'))
         if len(records) <= DRAWN:
-            rows.append(photograph_row(image, prediction))
+            rows.append(photograph_row(on_white(image), prediction))
     seen = len(records)
     if args.json and args.json != '-':
         write_file(args.json, lambda file: file.writelines(f'{record}\n'.encode() for record in records))
@@ -276,7 +284,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.photographs and (args.json or args.save_masks or args.cutouts):
         parser.error('--json, --save-masks and --cutouts need photographs')
-    photographs = find_photographs(args.photographs, args.out)
+    photographs = find_photographs(args.photographs, (args.out, args.save_masks, args.cutouts))
     refuse_to_overwrite(photographs, args)
     keep_freed_memory()
     model = load_model(args.model)

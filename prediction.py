@@ -9,20 +9,19 @@ cutout('cat.jpg', prediction).save('cutout.png')
 
 import os
 from collections.abc import Iterable
-from io import IOBase
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dataloader_mtl import normalise
 from models import FlipAveraged, load_model
 from support.cli import InputError
-from support.files import UnreadableFile, read_image, to_rgb
+from support.images import UnreadableFile, on_white, read_photograph, to_srgb, upright
 from support.splits import SPECIES
 from utils import likeliest_species
 
@@ -48,16 +47,19 @@ def predict(model, images, flip=False, batch_size=4, device=None):
     """The Prediction of a model from `load_model` for an image, or for each of many.
 
     Args:
-        images: an image: a path, a PIL image of any mode, a uint8 array (H, W, 3) RGB or (H, W) grey, or a uint8
-            tensor (3, H, W), of any size. Or a list or tuple of images, or an iterator of them.
+        images: an image: a path, the bytes of a file or a binary file, a PIL image of any mode, a uint8 array
+            (H, W, 3) RGB or (H, W) grey, or a uint8 tensor (3, H, W), of any size. Or a list or tuple of images, or
+            an iterator of them.
         flip: average over the image and its mirror image, which takes twice the time. The head boxes get better (IoU
             higher by about 0.015), masks and breeds hardly.
         batch_size: images that go through the network together; more than 4 are faster only on a GPU.
         device: move the model there first, such as to 'cuda'; None leaves it where it is.
 
     Returns a Prediction for an image, a list of them in order for a list, and an iterator of them for an iterator,
-    which is read one batch at a time. Paths and PIL images are rotated as their EXIF says, as viewers show them; arrays
-    and tensors are taken as they are. `model` must be in evaluation mode, as `load_model` leaves it.
+    which is read one batch at a time. Files and PIL images are taken as viewers show them: turned as their EXIF says,
+    in sRGB, what is transparent on white; arrays and tensors as they are. A JPEG above 100 megapixels is read at a
+    half of its size or less, and masks and boxes are of that. `model` must be in evaluation mode, as `load_model`
+    leaves it.
 
     Raises UnreadableFile for a file that is no image, ValueError for anything else that is none, and InputError if the
     model's outputs are not finite. An image that cannot be used raises before any of its batch is predicted.
@@ -67,9 +69,9 @@ def predict(model, images, flip=False, batch_size=4, device=None):
     if device is not None:
         model.to(device)
     network = FlipAveraged(model) if flip else model
-    if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, torch.Tensor)):
+    if isinstance(images, (str, os.PathLike, bytes, Image.Image, np.ndarray, torch.Tensor)) or hasattr(images, 'read'):
         return next(iterate(network, model, [images], 1))
-    if not isinstance(images, Iterable) or isinstance(images, (bytes, dict, set, IOBase)):
+    if not isinstance(images, Iterable) or isinstance(images, (dict, set)):
         refuse(images)
     predictions = iterate(network, model, images, batch_size)
     return list(predictions) if isinstance(images, (list, tuple)) else predictions
@@ -83,7 +85,7 @@ def iterate(network, model, images, batch_size):
     while True:
         resized, sizes = [], []  # of a batch; photographs at their own size would fill the memory
         for image in map(to_image, islice(images, batch_size)):
-            resized.append(pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR)))
+            resized.append(pil_to_tensor(on_white(image).resize((width, height), Image.Resampling.BILINEAR)))
             sizes.append(image.size)
         if not resized:
             return
@@ -96,11 +98,11 @@ def iterate(network, model, images, batch_size):
 
 
 def to_image(image):
-    """An image as `predict` takes it -> a PIL image, RGB and upright."""
-    if isinstance(image, (str, os.PathLike)):
-        return read_image(image, upright=True)
+    """An image as `predict` takes it -> a PIL image, upright and in sRGB, RGB or RGBA."""
+    if isinstance(image, (str, os.PathLike, bytes)) or hasattr(image, 'read'):
+        return read_photograph(image)
     if isinstance(image, Image.Image) and all(image.size):
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_srgb(upright(image))
     if isinstance(image, torch.Tensor) and image.ndim == 3 and len(image) == 3 and image.dtype == torch.uint8:
         image = image.permute(1, 2, 0).cpu().numpy()
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
@@ -117,8 +119,8 @@ def refuse(value):
     elif isinstance(value, Image.Image):
         found += f' of {value.width} x {value.height} pixels'
     raise ValueError(
-        'expected a path, a PIL image, a uint8 array (H, W, 3) or (H, W), a uint8 tensor (3, H, W), or a list or an '
-        f'iterator of these; found {found}'
+        'expected a path, the bytes of a file, a binary file, a PIL image, a uint8 array (H, W, 3) or (H, W), a uint8 '
+        f'tensor (3, H, W), or a list or an iterator of these; found {found}'
     )
 
 
@@ -147,13 +149,15 @@ def make_prediction(model, label, mask, bbox, size):
 def cutout(image, prediction):
     """The pet on a transparent background: a PIL image, RGBA, of the size of `image`, which is as for `predict`.
 
-    Opaque where the mask's probability is above 3/4, transparent where it is below 1/4, in between in proportion.
-    Raises ValueError if the prediction is of an image of another size or has no mask.
+    Opaque where the mask's probability is above 3/4, transparent where it is below 1/4, in between in proportion; what
+    is transparent in `image` stays so. Raises ValueError if the prediction is of an image of another size or has no
+    mask.
     """
     picture = to_image(image)
     found = np.shape(prediction.mask_probability)
     if found != picture.size[::-1]:
         raise ValueError(f'a mask of the shape {found} does not belong to an image of {picture.size[::-1]}')
     alpha = (prediction.mask_probability * 2 - 0.5).clip(0, 1) * 255
-    picture.putalpha(Image.fromarray(alpha.round().astype(np.uint8)))
+    alpha = Image.fromarray(alpha.round().astype(np.uint8))
+    picture.putalpha(ImageChops.multiply(alpha, picture.getchannel('A')) if picture.mode == 'RGBA' else alpha)
     return picture

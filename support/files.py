@@ -1,13 +1,9 @@
-"""Files: written whole or not at all, one writer to a folder, images from elsewhere. Imports no torch."""
+"""Files: written whole or not at all, one writer to a folder. Imports no torch."""
 
 import io
 import os
-import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import numpy as np
-from PIL import Image, ImageOps
 
 from support.cli import InputError, reason
 
@@ -22,9 +18,6 @@ def require_file(path, hint):
     if not os.path.isfile(path):
         found = 'is not a file' if os.path.exists(path) else 'no such file'
         raise InputError(f'{path}: {found}; {hint}')
-
-
-# ---- writing
 
 
 @contextmanager
@@ -99,48 +92,3 @@ def lock_folder(folder):
         for part in folder.glob('*.*.[0-9]*.part'):  # as `replacing` names them
             part.unlink(missing_ok=True)
         yield
-
-
-# ---- reading images from elsewhere
-
-
-# What cameras, phones and browsers write. Pillow reads others, too, and starts a program for one of them (EPS).
-IMAGE_FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'AVIF')
-
-
-class UnreadableFile(Exception):
-    """An image or an annotation that cannot be used; the message names the file."""
-
-
-@contextmanager
-def open_image(path):
-    """Yield the file's PIL image; whatever Pillow raises, also in the block, becomes UnreadableFile."""
-    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would block
-        raise UnreadableFile(f'{path}: is not a file')
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about files that can be read: very large, damaged EXIF
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                yield image
-    except Exception as error:  # damaged files make Pillow's decoders raise errors of any type
-        raise UnreadableFile(f'{path}: {reason(error)}') from None
-
-
-def read_image(path, upright=False):
-    """The file's PIL image as RGB, rotated as its EXIF says if `upright`; raises UnreadableFile."""
-    with open_image(path) as image:
-        return to_rgb(ImageOps.exif_transpose(image) if upright else image)
-
-
-def to_rgb(image):
-    """A PIL image of any mode -> RGB; transparent pixels become white. EXIF rotation is not applied."""
-    if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    elif image.mode.startswith(('I', 'F')):
-        # Grey of 16 bits and float, which Pillow clips at 255 instead of scaling.
-        values = np.nan_to_num(np.asarray(image))
-        # Floats up to 2 are in [0, 1], with an overshoot from resizing: an image of 0 to 255 would be black.
-        scale = 255 if image.mode == 'F' and values.max() <= 2 else 1 / 256 if values.max() > 255 else 1
-        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
-    return image.convert('RGB')

