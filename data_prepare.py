@@ -5,6 +5,7 @@
     python data_prepare.py --source oxford --root DIR       # reads DIR/oxford-iiit-pet, or DIR if it is that folder
     python data_prepare.py --root DIR --split official      # its test.txt is the test split
     python data_prepare.py --root DIR --folds 5             # five ways to split, for the study
+    python data_prepare.py --images DIR --masks DIR --labels FILE.csv    # images of your own (docs/data.md)
 
 Writes `datasets/data_new/{train,val,test}/` with images.h5, masks.h5, bboxes.h5, binary.h5, breeds.h5 and
 names.h5, a plain dataset each (docs/data.md), and prints a table of what is in each split; data_rechunk.py comes
@@ -15,19 +16,14 @@ official. The same images, options and seed give the same splits.
 import argparse
 import hashlib
 import os
-import sys
-import xml.etree.ElementTree as ElementTree
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from support import synthetic_pets
-from support.cli import InputError, StopRequest, are_names, one_line, positive_number, reason, run_script, whole_number
-from support.files import lock_folder, replacing, require_file, sync
+from support.cli import InputError, StopRequest, positive_number, reason, run_script, whole_number
+from support.files import lock_folder, replacing, sync
 from support.hdf5 import (
     LARGEST_SIDE,
     MASK_UNKNOWN,
@@ -40,177 +36,16 @@ from support.hdf5 import (
     reading_h5,
     write_text,
 )
-from support.images import UnreadableFile, on_white, open_image, to_srgb
+from support.images import UnreadableFile
+from support.sources import BORDER, OwnImages, OxfordPets, SyntheticPets, warn
 from support.splits import limited
 
-BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
-FILES = {'image': 'images/{}.jpg', 'trimap': 'annotations/trimaps/{}.png', 'box': 'annotations/xmls/{}.xml'}
 STEMS = (*SHAPES, 'names')
-THUMBNAIL = (16, 16)
 # Two images are near-identical if the Pearson correlation of their thumbnails is higher. In Oxford-IIIT Pet those
 # are copies of one photograph; two shots of a scene have 0.974 at most.
 DUPLICATE_CORRELATION = 0.99
 OFFICIAL_SHARES = {'train': 80, 'val': 20}  # of trainval.txt
 FOLD_SHARES = {'train': 7, 'val': 1}  # of the images that a fold does not test
-
-
-class Record(NamedTuple):
-    """What is known of an image before it is read; enough to choose its split."""
-
-    name: str
-    species: int  # 0 cat, 1 dog
-    breed: int
-    has_mask: bool
-    has_box: bool
-
-
-def warn(error):
-    tqdm.write(one_line(f'warning: {error}'), file=sys.stderr)
-
-
-class OxfordPets:
-    """The Oxford-IIIT Pet dataset in its official layout: `root/oxford-iiit-pet`, or `root` itself.
-
-    Reading fills `unreadable`, with a message for each annotation, and `petless`, with the names of the images whose
-    masks show no pet.
-    """
-
-    def __init__(self, root, border):
-        root, folder = Path(root), Path(root) / 'oxford-iiit-pet'
-        self.folder = root if (root / 'annotations').exists() and not folder.exists() else folder
-        # What is stored for the trimap's 1 pet, 2 background and 3 border.
-        self.trimap_values = np.array([MASK_UNKNOWN, 1, 0, BORDER[border]], np.uint8)
-        self.records, self.class_names = self._read_list('list.txt', '--download fetches the dataset')
-        self.unreadable, self.petless = set(), set()
-
-    def official_parts(self):
-        """(set of the records in trainval.txt, set of those in test.txt); raises InputError if they do not fit."""
-        hint = 'take list.txt, trainval.txt and test.txt from one release, or choose shares for --split'
-        folder = self.folder / 'annotations'
-        trainval, test = (set(self._read_list(file, hint)[0]) for file in ('trainval.txt', 'test.txt'))
-        unlisted, shared = (trainval | test) - set(self.records), trainval & test
-        if unlisted:
-            raise InputError(f"{folder}: '{min(unlisted).name}' is not in list.txt, or of another class there; {hint}")
-        if shared:
-            raise InputError(f"{folder}: '{min(shared).name}' is in both trainval.txt and test.txt; {hint}")
-        return trainval, test
-
-    def _read_list(self, file, hint):
-        """Records and class names of `NAME CLASS-ID SPECIES BREED-ID` lines: ids from 1, species 1 cat and 2 dog."""
-        path = self.folder / 'annotations' / file
-        require_file(path, hint)
-        try:
-            lines = path.read_text('utf-8-sig').splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(f'{path}: not a text file ({reason(error)})') from None
-        records, class_names = {}, {}
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or line.startswith('#'):
-                continue
-            where = f'{path}, line {number}'
-            try:
-                name, *ids = line.split()
-                class_id, species, _ = map(int, ids)
-                if not 1 <= class_id <= 37 or species not in (1, 2):
-                    raise ValueError
-            except ValueError:
-                raise InputError(
-                    f"{where}: '{line}' is not NAME CLASS-ID SPECIES BREED-ID, with classes 1 to 37 and species 1 or 2"
-                ) from None
-            breed_name = name.rpartition('_')[0]
-            plain = Path(name).name == name and name.isprintable() and len(name) <= 200 and are_names([breed_name])
-            if name in records or not plain:
-                raise InputError(f"{where}: '{name}' is listed twice or is not a file name like Abyssinian_12")
-            if class_names.setdefault(class_id, breed_name) != breed_name:
-                raise InputError(f"{where}: class {class_id} is '{class_names[class_id]}' and '{breed_name}'")
-            has_mask, has_box = (self._path(kind, name).exists() for kind in ('trimap', 'box'))
-            records[name] = Record(name, species - 1, class_id - 1, has_mask, has_box)
-        if not records:
-            raise InputError(f'{path}: lists no image; {hint}')
-        names = [class_names.get(i, f'class {i}') for i in range(1, max(class_names, default=0) + 1)]
-        return list(records.values()), names
-
-    def _path(self, kind, name):
-        return self.folder / FILES[kind].format(name)
-
-    def thumbnail(self, record):
-        """The record's image in grey at the size THUMBNAIL; raises UnreadableFile."""
-        with open_image(self._path('image', record.name)) as image:
-            image.draft('L', (64, 64))  # a JPEG is decoded in grey, at a quarter or so of its size
-            return np.asarray(on_white(to_srgb(image)).convert('L').resize(THUMBNAIL, Image.Resampling.BOX))
-
-    def read(self, record, size):
-        """The record's image (size, size, 3) uint8 RGB, mask (size, size, 1) uint8 and box (4,) float32.
-
-        The mask is 1 pet, 0 background and 255 unknown, the box xmin, ymin, xmax and ymax in pixels, NaN unknown.
-        Raises UnreadableFile for the image.
-        """
-        with open_image(self._path('image', record.name)) as image:
-            image = on_white(to_srgb(image)).resize((size, size), Image.Resampling.BILINEAR)
-        mask, bbox = np.full((size, size, 1), MASK_UNKNOWN, np.uint8), np.full(4, np.nan, np.float32)
-        try:
-            mask = self._read_mask(record.name, size) if record.has_mask else mask
-        except UnreadableFile as error:
-            self._leave_out(error)
-        try:
-            bbox = self._read_box(record.name, size) if record.has_box else bbox
-        except UnreadableFile as error:
-            self._leave_out(error)
-        return np.asarray(image), mask, bbox
-
-    def _leave_out(self, error):
-        if str(error) not in self.unreadable:  # by another fold
-            warn(error)
-        self.unreadable.add(str(error))
-
-    def _read_mask(self, name, size):
-        path = self._path('trimap', name)
-        with open_image(path) as trimap:
-            values = np.asarray(trimap.resize((size, size), Image.Resampling.NEAREST))
-        found = np.unique(values)
-        if values.ndim != 2 or values.dtype.kind not in 'iu' or not np.isin(found, (1, 2, 3)).all():
-            raise UnreadableFile(f'{path}: values {found[:5].tolist()}; a trimap holds 1, 2 and 3')
-        mask = self.trimap_values[values][..., None]
-        if not (mask == 1).any():  # but every image of the dataset shows a pet
-            self.petless.add(name)
-            mask[:] = MASK_UNKNOWN
-        return mask
-
-    def _read_box(self, name, size):
-        path = self._path('box', name)
-        try:
-            root = ElementTree.parse(path).getroot()
-            # A missing element reads 'none', which is no number.
-            corners = [float(root.findtext(f'object/bndbox/{key}', 'none')) for key in ('xmin', 'ymin', 'xmax', 'ymax')]
-            # The size that was annotated; the image on disk may have another.
-            extent = [float(root.findtext(f'size/{key}', 'none')) for key in ('width', 'height')] * 2
-        except (ElementTree.ParseError, OSError, LookupError, ValueError) as error:
-            raise UnreadableFile(f'{path}: no <bndbox> and <size> in numbers ({reason(error)})') from None
-        with np.errstate(all='ignore'):
-            bbox = np.clip(np.divide(corners, extent), 0, 1)
-        if not np.isfinite(corners + extent).all() or min(extent) <= 0 or not (bbox[:2] < bbox[2:]).all():
-            raise UnreadableFile(
-                f'{path}: the box {corners} has no area inside an image of {extent[0]:g} x {extent[1]:g}'
-            )
-        return (bbox * size).astype(np.float32)
-
-
-class SyntheticPets:
-    """`count` drawn pets with every label."""
-
-    def __init__(self, count, seed):
-        self.seed = seed
-        self.class_names = [breed.name for breed in synthetic_pets.BREEDS]
-        self.records = []
-        for index in range(count):
-            breed = index % len(self.class_names)
-            name = f'{self.class_names[breed]}_{index}'
-            species = synthetic_pets.BREEDS[breed].species
-            self.records.append(Record(name, species, breed, has_mask=True, has_box=True))
-
-    def read(self, record, size):
-        number = int(record.name.rpartition('_')[2])
-        return synthetic_pets.draw_pet(number, self.seed, size)[:3]  # image, mask, box
 
 
 def in_strata_order(records, seed):
@@ -254,10 +89,7 @@ def group_duplicates(records, source):
         except UnreadableFile as error:
             errors.append(error)
     if not thumbnails:
-        raise InputError(
-            f'none of the {len(records)} images can be read, the first is {errors[0]}; each NAME in list.txt needs '
-            'an image images/NAME.jpg'
-        )
+        raise InputError(f'none of the {len(records)} images can be read, the first is {errors[0]}; {source.hint}')
     for error in errors:
         warn(error)
     if errors:
@@ -336,13 +168,13 @@ def write_split(files, records, samples, size, class_names):
         images[index], masks[index], boxes[index] = image, mask, bbox
         masks_known += int((mask != MASK_UNKNOWN).any())
     files['bboxes']['bboxes'] = boxes
-    files['binary']['binary'] = np.array([[record.species] for record in records], np.uint8)
+    files['binary']['binary'] = np.array([[record.species] for record in records], np.int8)
     files['breeds']['breeds'] = np.array([[record.breed] for record in records], np.int16)
     files['names']['names'] = np.array([record.name.encode() for record in records])
     write_text(files['breeds']['breeds'].attrs, 'class_names', class_names)
     boxes_known = np.isfinite(boxes).all(axis=1).sum()
-    dogs, breeds = sum(record.species for record in records), {record.breed for record in records}
-    return count, masks_known, boxes_known, count - dogs, dogs, len(breeds)
+    cats, dogs = (sum(record.species == number for record in records) for number in (0, 1))
+    return count, masks_known, boxes_known, cats, dogs, len({record.breed for record in records} - {-1})
 
 
 def refuse_to_replace_others(path):
@@ -418,9 +250,14 @@ def parse_split(text):
 def main(argv=None):
     parser = argparse.ArgumentParser(description='Turn images and their annotations into HDF5 splits.')
     add = parser.add_argument
-    add('--source', choices=('oxford', 'synthetic'), help='default: oxford with --root or --download, else synthetic')
+    source_help = 'default: oxford with --root or --download, own with --images, else synthetic'
+    add('--source', choices=('oxford', 'own', 'synthetic'), help=source_help)
     add('--root', metavar='DIR', help='folder that holds oxford-iiit-pet/, or that folder')
     add('--download', action='store_true', help='fetch Oxford-IIIT Pet into --root first, or into datasets/')
+    add('--images', metavar='DIR', help='images of your own, searched to any depth')
+    add('--masks', metavar='DIR', help='their masks: PNG files of the same names')
+    labels_help = "a CSV with a column 'image' and any of class, species, xmin, ymin, xmax, ymax (pixels)"
+    add('--labels', metavar='FILE', help=labels_help)
     add('--out', default='datasets/data_new', metavar='DIR', help='where the splits go (default: %(default)s)')
     add('--size', type=int, default=256, metavar='PIXELS', help='stored width and height (default: %(default)s)')
     split = 'shares of train, val and test, or official: trainval.txt as 80-20, and test.txt (default: %(default)s)'
@@ -435,11 +272,15 @@ def main(argv=None):
     if not is_image_size(args.size):
         parser.error(f'--size {args.size}: the networks take multiples of 16 from 64 to {LARGEST_SIDE}')
 
-    kind = args.source or ('oxford' if args.root or args.download else 'synthetic')
+    kind = args.source or ('own' if args.images else 'oxford' if args.root or args.download else 'synthetic')
+    if kind != 'oxford' and (args.root or args.download or args.split == 'official'):
+        parser.error('--root, --download and --split official belong to --source oxford')
+    if (kind == 'own') != bool(args.images) or kind != 'own' and (args.masks or args.labels):
+        parser.error('--source own needs --images; --masks and --labels belong to it')
     if kind == 'synthetic':
-        if args.root or args.download or args.split == 'official':
-            parser.error('--root, --download and --split official belong to --source oxford')
         source = SyntheticPets(args.limit or 1200, args.seed)
+    elif kind == 'own':
+        source = OwnImages(args.images, args.masks, args.labels, args.border)
     else:
         root = args.root or 'datasets'
         if args.download:
@@ -449,7 +290,7 @@ def main(argv=None):
     trainval, test = source.official_parts() if args.split == 'official' else (source.records, ())
     records = limited(in_strata_order([*trainval, *test], args.seed), args.limit)
     # Each pet is drawn with random numbers of its own, so no two are near-identical.
-    groups = group_duplicates(records, source) if kind == 'oxford' else [[record] for record in records]
+    groups = [[record] for record in records] if kind == 'synthetic' else group_duplicates(records, source)
     if args.folds:
         folds = make_folds(groups, args.folds)
         runs = {f'fold{number}': splits for number, splits in enumerate(folds)}
@@ -459,7 +300,7 @@ def main(argv=None):
     print_duplicates(groups, next(iter(runs.values())))
     for fold, splits in runs.items():
         prepare(source, splits, Path(args.out) / fold, args.size, f'{options} {args.folds} {fold}')
-    if kind == 'oxford':
+    if kind != 'synthetic':
         print_left_out(source)
     print(f'next: python data_rechunk.py --data {args.out}')
 

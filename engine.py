@@ -38,7 +38,7 @@ from dataloader_mtl import (
     worker_errors,
 )
 from evaluation import calibrate, evaluate, most_confused, run_test, to_device
-from models import load_model, model_content
+from models import NETWORKS, load_model, model_content
 from optimizers import make_average, make_optimizer, make_schedule
 from support import report
 from support.checkpoint import TRAINING_FORMAT, find_checkpoint, is_finite, load_checkpoint, save_checkpoint, save_last
@@ -263,6 +263,16 @@ def chosen_by(row):
     return next((name for name in METRICS if f'val_{name}' in row), None)
 
 
+def labelled_part(network, splits):
+    """The network of those tasks of `network` for which some training image has a label; prints the others."""
+    count = count_known(splits['train'])
+    missing = [task for task in network.tasks if not count[task]]
+    if missing:
+        print_once(f'left out, as no training image has a label: {", ".join(missing)}')
+    tasks = set(network.tasks) - set(missing)
+    return next((each for each in NETWORKS.values() if set(each.tasks) == tasks), network) if missing else network
+
+
 class Run:
     """The state of a run: `state` is the content of last.pt, `restore` reads it back."""
 
@@ -276,6 +286,7 @@ class Run:
         self.splits = load_splits(config.data, config.images_of or network.tasks, limit, config.masks)
         split = self.splits['train'].dataset.split
         self.about = split.class_names, split.class_species, split.image_size  # for the model file
+        network = labelled_part(network, self.splits)
         model = make_model(network, len(split.class_names), config, read_weights)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.weighting = weighting.to(self.device)

@@ -35,14 +35,12 @@ from support.cli import InputError, file_to_write, folder_to_write, one_line, ru
 from support.device import keep_freed_memory
 from support.files import write_file
 from support.hdf5 import MASK_UNKNOWN
-from support.images import on_white, read_photograph
+from support.images import IMAGE_SUFFIXES, on_white, read_photograph
 from support.report import new_figure
 
 PREDICTED, TARGET = '#ff3b30', '#34c759'  # red and green
 PANEL = (256, 1600)  # pixels: the smallest and the largest longer side of a drawn photograph
 DRAWN = 12  # photographs in the picture
-# Looked for in folders.
-SUFFIXES = ('.jpg', '.jpeg', '.jfif', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff', '.avif', '.heic', '.heif')
 
 
 # ---- the picture: rows of (title, panel); a panel is a (3, H, W) uint8 tensor
@@ -166,7 +164,7 @@ def find_photographs(arguments, written):
         else:
             found.append(Photograph(path, path.stem))
             continue
-        files = sorted(file for file in paths if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = sorted(file for file in paths if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
         files = [
             file
             for file in files
@@ -174,7 +172,7 @@ def find_photographs(arguments, written):
             and not left_out & {file.resolve(), *file.resolve().parents} - {folder.resolve(), *folder.resolve().parents}
         ]
         if not files:
-            raise InputError(f'{argument}: finds no image; looked for files that end in {", ".join(SUFFIXES)}')
+            raise InputError(f'{argument}: finds no image; looked for files that end in {", ".join(IMAGE_SUFFIXES)}')
         found += [Photograph(file, str(file.relative_to(folder).with_suffix(''))) for file in files]
     count = Counter(photograph.name for photograph in found)
     return [

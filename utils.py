@@ -196,9 +196,12 @@ def accuracy(label_logits, label, reduction='mean'):
 # ---- metrics of a whole data set, from the details of each sample
 
 
+PIXELS = ('pixels_both', 'pixels_predicted', 'pixels_true')
+
+
 def mask_details(mask_logits, mask):
-    """{'both', 'predicted', 'true': the counts of `overlap`}."""
-    return dict(zip(('both', 'predicted', 'true'), overlap(mask_logits, mask)))
+    """{'pixels_both', 'pixels_predicted', 'pixels_true': the counts of `overlap`}."""
+    return dict(zip(PIXELS, overlap(mask_logits, mask)))
 
 
 def class_details(label_logits, label, class_species):
@@ -315,8 +318,8 @@ METRICS = {
 }
 
 POOLED = {
-    'pooled_dice': Pooled('Dice Score - Segmentation, pooled', pooled_dice, ('both', 'predicted', 'true')),
-    'pooled_iou': Pooled('IoU - Segmentation, pooled', pooled_iou, ('both', 'predicted', 'true')),
+    'pooled_dice': Pooled('Dice Score - Segmentation, pooled', pooled_dice, PIXELS),
+    'pooled_iou': Pooled('IoU - Segmentation, pooled', pooled_iou, PIXELS),
     'top5_accuracy': Pooled('Top-5 Accuracy - Classification', lambda rank: (rank < 5).mean(axis=-1), ('rank',)),
     'species_accuracy': Pooled(
         'Accuracy - Species',

@@ -21,6 +21,8 @@ except ImportError:
 
 # What cameras, phones and browsers write. Pillow reads others, too, and starts a program for one of them (EPS).
 IMAGE_FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'AVIF', *(('HEIF',) if pillow_heif else ()))
+# Looked for in folders.
+IMAGE_SUFFIXES = tuple('.jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .avif .heic .heif'.split())
 HEIF_BRANDS = (b'heic', b'heix', b'hevc', b'heim', b'heis', b'mif1', b'msf1')
 LARGEST_JPEG = 100_000_000  # pixels; a larger one is read at a half, a quarter or an eighth of its size
 ORIENTATION, BITS_PER_SAMPLE, HIGHEST_VALUE = 0x0112, 0x0102, 0x0119  # tags of EXIF and TIFF

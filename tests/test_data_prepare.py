@@ -11,17 +11,9 @@ from conftest import assert_full_disk_leaves_files, read_h5, write_xml
 from PIL import Image
 
 import data_rechunk
-from data_prepare import (
-    OxfordPets,
-    Record,
-    group_duplicates,
-    in_strata_order,
-    main,
-    make_folds,
-    match_thumbnails,
-    split_groups,
-)
+from data_prepare import group_duplicates, in_strata_order, main, make_folds, match_thumbnails, split_groups
 from support.hdf5 import SPLITS, read_text
+from support.sources import OxfordPets, Record
 from support.splits import limited, read_split
 
 
@@ -267,7 +259,7 @@ def test_a_photograph_is_kept_with_the_labels_it_has_in_plain_datasets(oxford, t
         'images': ('u1', (20, 64, 64, 3)),
         'masks': ('u1', (20, 64, 64, 1)),
         'bboxes': ('f4', (20, 4)),
-        'binary': ('u1', (20, 1)),
+        'binary': ('i1', (20, 1)),
         'breeds': ('i2', (20, 1)),
         'names': ('S9', (20,)),
     }

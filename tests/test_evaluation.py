@@ -12,7 +12,7 @@ import evaluation
 from dataloader_mtl import MTLDataset, Sample, load_splits
 from evaluation import bootstrap_interval, fit_temperature
 from models import FlipAveraged, MTLNet, Outputs, UNet
-from utils import METRICS, POOLED
+from utils import METRICS, PIXELS, POOLED
 
 CPU = torch.device('cpu')
 
@@ -97,7 +97,7 @@ def test_test_metrics_are_of_the_model_of_its_flips_and_of_a_constant_prediction
     assert all(np.array_equal(plain[name], scores[name], equal_nan=True) for name in METRICS)
     assert np.isnan(plain['accuracy']).tolist() == [label < 0 for label in test.labels]
     assert pooled.keys() == POOLED.keys()
-    counts = [plain[name] for name in ('both', 'predicted', 'true')]
+    counts = [plain[name] for name in PIXELS]
     assert pooled['pooled_iou']['mean'] == POOLED['pooled_iou'].function(*counts)
     assert pooled['pooled_iou']['interval'] == bootstrap_interval(counts, POOLED['pooled_iou'].function)
     assert pooled['species_accuracy']['images'] == 9 and pooled['macro_f1']['constant'] == pytest.approx((8 / 13) / 6)
@@ -113,6 +113,7 @@ def test_test_metrics_are_of_the_model_of_its_flips_and_of_a_constant_prediction
     area = masks.mean(dim=(1, 2, 3), dtype=torch.float64)
     box = torch.tensor([[8 + 8 * 3 / 33, 4, 40 + 8 * 3 / 33, 20]]) / 64
     boxes = torch.stack([sample.bbox for sample in model.samples])
+    assert pooled['pooled_iou']['constant'] == pytest.approx(float(area.mean()))
     constant = {
         'dice': (2 * area / (1 + area)).mean(),
         'mask_iou': area.mean(),

@@ -179,11 +179,11 @@ def test_log_variance_has_no_gradient_without_labels():
 
 
 def test_pooled_metrics_add_up_the_pixels_of_all_images():
-    counts = {name: values.numpy() for name, values in mask_details(PREDICTED, TARGET).items()}
-    assert counts['both'].tolist() == [1, 1, 0, 1] and counts['predicted'].tolist() == [2, 1, 0, 2]
-    assert pooled_dice(**counts) == 6 / 8 and pooled_iou(**counts) == 3 / 5
-    nothing = dict.fromkeys(counts, np.zeros(2))
-    assert pooled_dice(**nothing) == pooled_iou(**nothing) == 1
+    both, predicted, true = (values.numpy() for values in mask_details(PREDICTED, TARGET).values())
+    assert both.tolist() == [1, 1, 0, 1] and predicted.tolist() == [2, 1, 0, 2] and true.tolist() == [1, 1, 0, 1]
+    assert pooled_dice(both, predicted, true) == 6 / 8 and pooled_iou(both, predicted, true) == 3 / 5
+    nothing = [np.zeros(2)] * 3
+    assert pooled_dice(*nothing) == pooled_iou(*nothing) == 1
 
 
 def test_macro_f1_is_the_mean_over_the_classes_that_occur():
