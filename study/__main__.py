@@ -1,10 +1,12 @@
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 import study
 from study.arms import ARMS
-from support.cli import InputError, reason, run_script, whole_number
-from support.files import lock_folder
+from support.cli import InputError, positive_number, reason, run_script, whole_number
+from support.files import lock_folder, write_file
 
 
 def main(argv=None):
@@ -23,6 +25,8 @@ def main(argv=None):
     add('--jobs', type=whole_number(1), default=1, help='runs side by side (default: %(default)s)')
     device_help = 'where to train (default: %(default)s); the same for all runs of an --out'
     add('--device', choices=('auto', 'cpu', 'cuda'), default='cpu', help=device_help)
+    minutes_help = 'stop after so many, with checkpoints; the same command goes on'
+    add('--minutes', type=positive_number, metavar='M', help=minutes_help)
     add('--table', action='store_true', help='train nothing, draw the tables and plots')
     args = parser.parse_args(argv)
     try:
@@ -34,7 +38,9 @@ def main(argv=None):
         for fold in sorted({0, *args.folds}):
             if not Path(args.data, f'fold{fold}').is_dir():
                 raise InputError(f'{args.data}/fold{fold}: no such folder; make it with data_prepare.py --folds 5')
+        command = shlex.join(['python', '-m', 'study', *(sys.argv[1:] if argv is None else argv)])
         with lock_folder(args.out):
+            write_file(args.out / 'command.txt', lambda file: file.write(f'{command}\n'.encode()))
             failed = runner.train_all(args)
     tables.draw(args.out)
     if failed:

@@ -1,5 +1,6 @@
 """Trains what is missing of the study, some runs side by side, each in a process of its own."""
 
+import math
 import multiprocessing
 import signal
 import statistics
@@ -67,9 +68,13 @@ def stop_runs(active):
 
 
 def train_all(args):
-    """Train all that is missing, `args.jobs` runs at a time; returns the RunKeys of those that failed."""
+    """Train all that is missing, `args.jobs` runs at a time; returns the RunKeys of those that failed.
+
+    After `args.minutes`, the runs write their checkpoints and stop.
+    """
     threads = max(1, torch.get_num_threads() // args.jobs)
     runs, active, failed, seconds = read_runs(args.out), {}, [], []  # active: {RunKey: (process, when it started)}
+    end = time.monotonic() + 60 * (args.minutes or math.inf)
     with StopRequest() as stop, ExitStack() as at_end:
         at_end.callback(stop_runs, active)
         while True:
@@ -79,7 +84,7 @@ def train_all(args):
             for key in ready[: args.jobs - len(active)]:
                 process = start_run(key, args.data, folder_of(args.runs, key), args.device, threads)
                 active[key] = process, time.monotonic()
-            if not active:
+            if not active or time.monotonic() > end:
                 return failed
             time.sleep(1)
             for key in [key for key, (process, _) in active.items() if not process.is_alive()]:

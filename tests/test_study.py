@@ -214,6 +214,14 @@ def test_signal_stops_the_runs_that_are_being_trained(finished, monkeypatch):
     assert len(started) == 2 and all(process.terminated for process in started.values())
 
 
+def test_after_the_minutes_the_runs_are_stopped(finished, monkeypatch, tmp_path):
+    started, options = finished
+    monkeypatch.setattr(FinishedProcess, 'is_alive', lambda self: True)
+    main(['--minutes', '1e-9', *options, 'unet'])
+    assert len(started) == 2 and all(process.terminated for process in started.values())
+    assert (tmp_path / 'out' / 'command.txt').read_text().startswith('python -m study --minutes 1e-9 --data ')
+
+
 def test_run_is_stopped_by_the_runner_and_not_by_the_terminal(tmp_path, monkeypatch):
     """Both reach it after Ctrl-C, and a second request would end it before it has written its checkpoint."""
 
