@@ -1,4 +1,4 @@
-# Each target sets up .venv first. Another interpreter: make demo PYTHON=python3.12
+# All but cuda-check set up .venv first. Another interpreter: make demo PYTHON=python3.12
 #   make demo    the whole way through on drawn pets, in a few minutes
 #   make test    the tests, in three minutes at most on two cores
 #   make check   the tests and what takes longer: kills, damaged files, failed writes, memory

@@ -62,7 +62,7 @@ def in_strata_order(records, seed):
 
 
 def match_thumbnails(thumbnails):
-    """(N, H, W) uint8 -> (N,) int64: equal numbers for near-identical images, also by way of others."""
+    """(N, H, W) uint8 -> (N,) int64: equal numbers for near-identical images, transitively."""
     distinct, inverse = np.unique(thumbnails.reshape(len(thumbnails), -1), axis=0, return_inverse=True)
     centred = distinct - distinct.mean(axis=1, keepdims=True, dtype=np.float32)
     norm = np.linalg.norm(centred, axis=1, keepdims=True)
@@ -149,7 +149,7 @@ def read_samples(source, split, records, size, digest, stop):
         try:
             sample = source.read(record, size)
         except UnreadableFile as error:
-            raise InputError(f'{error}; it could be read a while ago; run the command again') from None
+            raise InputError(f'{error}; it was readable before; run the command again') from None
         digest.update(f'{split} {record.name} {record.species} {record.breed}'.encode())
         for values in sample:
             digest.update(values.tobytes())
@@ -200,7 +200,9 @@ def prepare(source, splits, out, size, options):
     out, count = Path(out), sum(map(len, splits.values()))
     for split in SPLITS:
         if not splits[split]:
-            raise InputError(f'{out}: the {split} split is empty; there are {count} images; take more or other shares')
+            raise InputError(
+                f'{out}: the {split} split is empty; there are {count} images; take more images or another --split'
+            )
         for stem in STEMS:
             refuse_to_replace_others(out / split / f'{stem}.h5')
     digest = hashlib.sha256(f'{options} {source.class_names}'.encode())
@@ -265,7 +267,12 @@ def main(argv=None):
     shares.add_argument('--split', type=parse_split, default='80-10-10', metavar='A-B-C|official', help=split)
     folds = 'write DIR/fold0 ... with train, val and test each; each image is in the test split of one of them'
     shares.add_argument('--folds', type=whole_number(2), metavar='K', help=folds)
-    add('--seed', type=whole_number(0), default=0, help='of the split and of drawing (default: %(default)s)')
+    add(
+        '--seed',
+        type=whole_number(0),
+        default=0,
+        help='random seed of the split and of the drawn pets (default: %(default)s)',
+    )
     add('--border', choices=BORDER, default='pet', help="what the trimap's border counts as (default: %(default)s)")
     add('--limit', type=whole_number(1), metavar='N', help='take N images, stratified (default: all, or 1200 drawn)')
     args = parser.parse_args(argv)
@@ -300,8 +307,7 @@ def main(argv=None):
     print_duplicates(groups, next(iter(runs.values())))
     for fold, splits in runs.items():
         prepare(source, splits, Path(args.out) / fold, args.size, f'{options} {args.folds} {fold}')
-    if kind != 'synthetic':
-        print_left_out(source)
+    print_left_out(source)
     print(f'next: python data_rechunk.py --data {args.out}')
 
 

@@ -145,7 +145,7 @@ class MTLDataset(Dataset):
 
     Args:
         type: the split, 'train', 'val' or 'test'.
-        transform: called with what `read` returns, it returns the same, at any size; a RandomCropFlip, for instance.
+        transform: maps what `read` returns to the same, at any size; a RandomCropFlip, for instance.
             Normalisation comes after it.
         root: the folder with train/, val/ and test/.
         label: 'breed' (breeds.h5), 'species' (binary.h5) or 'auto': the breed if there is a breeds.h5.
@@ -224,7 +224,7 @@ class MTLDataset(Dataset):
             except H5_ERRORS:
                 same = False
             if not same:
-                raise InputError(f'{path}: holds other data than when it was opened, or is damaged; start again')
+                raise InputError(f'{path}: was replaced since this run began, or is damaged; start again')
             self._readers[stem] = reader
         return self._readers[stem]
 

@@ -73,7 +73,7 @@ class Config:
     encoder_lr: float | None = None  # None: `encoder_lr_share` of `lr`
     seed: int = 0
     device: str = 'auto'
-    workers: int | None = None  # None: 0 on a CPU, where loading takes little of a step, 4 on a GPU
+    workers: int | None = None  # None: of DEFAULT_WORKERS
     checkpoint_minutes: float = 10
     limit_batches: int | None = None
     # The recipe. Small images allow more epochs in the same time (progressive resizing: Howard, fast.ai on DAWNBench,
@@ -88,7 +88,7 @@ class Config:
     bfloat16: bool = True  # where the device is fast in it
     # Of the study.
     steps: int | None = None  # of an epoch, see `draw_epoch`
-    images_of: tuple | None = None  # train on the images with a label for one of these tasks; None: the network's
+    images_of: tuple | None = None  # only images with a label for one of these tasks; None: the network's
     masks: int | None = None  # see `load_splits`
 
     @classmethod
@@ -105,27 +105,30 @@ class Config:
 # What differs in the recipe for an encoder that has learned from other images: it trains at their size throughout.
 PRETRAINED = {'sizes': ((1, 3 / 4),), 'crop': (0.4, 1.0), 'muon': False, 'encoder_lr_share': 0.2}
 
+# On a CPU, loading takes little of a step.
+DEFAULT_WORKERS = {'cpu': 0, 'cuda': 4}
+
 UNSAVED = ('data', 'out', 'resume', 'workers', 'checkpoint_minutes')  # of a Config: no number depends on them
 REPORTED = ('commit', 'threads')  # a change is reported on resume; the weights may then differ
 
 
 def training_parser(description, out):
-    """The options that all training scripts share; the defaults are the recipe of docs/training.md."""
+    """The options that all training scripts share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--data', default=Config.data, metavar='DIR', help='folder of the splits (default: %(default)s)')
     add('--epochs', type=whole_number(1), default=Config.epochs, help='passes over the data (default: %(default)s)')
-    size_help = 'over all processes (default: %(default)s)'
+    size_help = 'images of a step, over all processes (default: %(default)s)'
     add('--batch-size', type=whole_number(1), default=Config.batch_size, help=size_help)
     add('--lr', type=positive_number, default=Config.lr, help='highest learning rate (default: %(default)s)')
     encoder_help = "'unet', from scratch, or a timm model, such as tf_efficientnet_lite0 (default: %(default)s)"
     add('--encoder', default=Config.encoder, metavar='NAME', help=encoder_help)
     weights_help = (
-        "of the encoder at the start: 'imagenet' (the default of a timm model), 'none' or a file: a state dict for a "
-        'timm model, a model file of these scripts for unet'
+        "initial weights of the encoder: 'imagenet' (the default of a timm model), 'none' or a file: a state dict for "
+        'a timm model, a model file of these scripts for unet'
     )
     add('--encoder-weights', metavar='WEIGHTS', help=weights_help)
-    lr_help = 'of the encoder (default: --lr, a fifth of it for a timm model with weights)'
+    lr_help = 'learning rate of the encoder (default: --lr, a fifth of it for a timm model with weights)'
     add('--encoder-lr', type=positive_number, metavar='LR', help=lr_help)
     add('--seed', type=whole_number(0), default=Config.seed, help='random seed of the run (default: %(default)s)')
     device_help = 'where to train (default: %(default)s)'
@@ -217,7 +220,7 @@ def not_finite(title, step, batches, total, losses):
     return Diverged(
         f'{title}, step {step + 1} of {len(batches)}: the loss is {total.item()} ({shown}) for the samples '
         f'{" ".join(map(str, sorted(batches.indices(step))))} of {batches.subset.dataset.folder}; earlier checkpoints '
-        'are kept; try a lower --lr, with --resume or another --out, or look at these samples'
+        'are kept; try a lower --lr with another --out, or look at these samples'
     )
 
 
@@ -255,7 +258,7 @@ def make_model(network, n_classes, config, read_weights=True):
     return model
 
 
-def chosen_by(row):
+def selection_metric(row):
     """The metric that chooses the best epoch: the first of METRICS that validation has labels for.
 
     None without any; the last epoch is the best then.
@@ -268,7 +271,7 @@ def labelled_part(network, splits):
     count = count_known(splits['train'])
     missing = [task for task in network.tasks if not count[task]]
     if missing:
-        print_once(f'left out, as no training image has a label: {", ".join(missing)}')
+        print_once(f'tasks without a training label, left out: {", ".join(missing)}')
     tasks = set(network.tasks) - set(missing)
     return next((each for each in NETWORKS.values() if set(each.tasks) == tasks), network) if missing else network
 
@@ -281,11 +284,11 @@ class Run:
     def __init__(self, network, weighting, config, read_weights=True):
         self.config, self.device = config, choose_device(config.device)
         self.bfloat16 = config.bfloat16 and has_fast_bfloat16(self.device)
-        self.workers = config.workers if config.workers is not None else 4 if self.device.type == 'cuda' else 0
+        self.workers = DEFAULT_WORKERS[self.device.type] if config.workers is None else config.workers
         limit = config.limit_batches and config.limit_batches * config.batch_size
         self.splits = load_splits(config.data, config.images_of or network.tasks, limit, config.masks)
         split = self.splits['train'].dataset.split
-        self.about = split.class_names, split.class_species, split.image_size  # for the model file
+        self.model_info = split.class_names, split.class_species, split.image_size  # for the model file
         network = labelled_part(network, self.splits)
         model = make_model(network, len(split.class_names), config, read_weights)
         self.model = model.to(self.device, memory_format=torch.channels_last)
@@ -314,7 +317,7 @@ class Run:
             **{key: value for key, value in asdict(self.config).items() if key not in UNSAVED},
             'network': type(self.model).__name__,
             'weighting': type(self.weighting).__name__,
-            'weights': {task: round(weight, 4) for task, weight in weights.items()},
+            'task_weights': {task: round(weight, 4) for task, weight in weights.items()},
             'preparation': split.preparation or f'checksum {labels_checksum:08x}',
             'train_samples': len(self.splits['train']),
             'device': self.device.type,
@@ -366,10 +369,10 @@ class Run:
         }
         self.history.append(row)
         self.start_epoch()
-        name = chosen_by(row)
+        name = selection_metric(row)
         if self.best is None or name is None or row[f'val_{name}'] > self.best[f'val_{name}']:
             self.best = row
-            self.best_model = model_content(self.average.module, *self.about)
+            self.best_model = model_content(self.average.module, *self.model_info)
         return row
 
     def state(self):
@@ -445,8 +448,8 @@ class Checkpoints:
         run = self.run
         if not is_finite(run.model.state_dict()) or not is_finite(run.average.state_dict()):
             raise Diverged(
-                f'epoch {run.epoch}, step {run.steps}: the loss was finite and the weights are not any more; earlier '
-                'checkpoints are kept; try a lower --lr, with --resume or another --out'
+                f'epoch {run.epoch}, step {run.steps}: the weights are no longer finite; earlier checkpoints are kept; '
+                'try a lower --lr with another --out'
             )
         on_main_process(save_last, self.folder, run.state())
         if run.steps == 0:
@@ -493,14 +496,14 @@ def train(network, weighting, config):
             model, options = load_model(out / 'best.pt', run.device), {'workers': run.workers, 'before_batch': check}
             temperature = calibrate(model, run.splits['val'], run.device, **options)
             if temperature:
-                on_main_process(save_checkpoint, out / 'best.pt', model_content(model, *run.about))
+                on_main_process(save_checkpoint, out / 'best.pt', model_content(model, *run.model_info))
                 print_once(f'temperature {temperature:.3f} of the class logits, fitted on validation')
             found = run_test(model, run.splits, run.device, **options)
         except Stopped as stopped:
             raise checkpoints.save_and_stop(stopped) from None
         metrics = on_main_process(report_test, run, temperature, *found)
         if stop.number:
-            raise Stopped(stop.number, f'stopped; the run in {out} is finished, and --resume only tests it again')
+            raise Stopped(stop.number, f'stopped after the run in {out} had finished')
         return metrics
 
 
@@ -522,7 +525,7 @@ def report_test(run, temperature, test, pooled, scores):
     config, best, folder = run.config, run.best, Path(run.config.out)
     class_names = run.splits['train'].dataset.split.class_names
     names, classes = image_names(run.splits['test'])
-    name = chosen_by(best)
+    name = selection_metric(best)
     chosen = f'best validation {name}' if name else 'the last, without validation labels'
     report.print_test(f'Test, epoch {best["epoch"]} of {config.epochs} ({chosen})', test | pooled, PRINTED)
     columns = {name: scores[name] for name in METRICS}

@@ -1,6 +1,5 @@
 """How good a network is: its metrics on a split, averaged over flips, and those of a constant prediction.
 
-from evaluation import evaluate
 evaluate(load_model(), MTLDataset('test'), torch.device('cpu'))  # {'dice': 0.9, ...}
 """
 
@@ -102,7 +101,7 @@ class ConstantNet(nn.Module):
 
 
 def run_test(model, splits, device, **options):
-    """The metrics on the test split: (means, pooled, `score` of the model).
+    """The metrics of a model from `load_model` on the test split: (means, pooled, its `score`).
 
     means: {metric of METRICS: {'images', 'mean', 'interval', 'flip_mean', 'flip_interval', 'constant'}};
     pooled: the same of POOLED. 'flip' is of FlipAveraged, 'constant' of ConstantNet, an 'interval' the 95 % interval
@@ -114,7 +113,7 @@ def run_test(model, splits, device, **options):
     boxes = boxes / torch.tensor(split.image_size[::-1] * 2)
     networks = model, FlipAveraged(model), ConstantNet(labels, boxes, len(model.class_names)).to(device)
     scores = [score(each, splits['test'], device, **options)[0] for each in networks]
-    means = {name: summary(scores, (name,), lambda values: values.mean(axis=-1)) for name in METRICS}
+    means = {name: summary(scores, (name,), mean_value) for name in METRICS}
     pooled = {name: summary(scores, metric.details, metric.function) for name, metric in POOLED.items()}
     means, pooled = ({name: found for name, found in each.items() if found} for each in (means, pooled))
     return means, pooled, scores[0]
@@ -147,7 +146,12 @@ def calibrate(model, dataset, device, **options):
     return temperature
 
 
-def bootstrap_interval(columns, function=lambda values: values.mean(axis=-1), draws=2000, seed=0):
+def mean_value(values):
+    """(..., N) -> (...)."""
+    return values.mean(axis=-1)
+
+
+def bootstrap_interval(columns, function=mean_value, draws=2000, seed=0):
     """[low, high]: the percentile bootstrap's 95 % interval (Efron and Tibshirani 1993) of `function(*columns)`.
 
     `columns` are arrays (N,) of the same samples; `function` takes them as (..., N) and returns (...).

@@ -4,7 +4,7 @@
     UNet         mask                    (the single-task baseline)
     AblatedNet   mask and class
     AblatedNet2  mask and box
-    ClassNet, BoxNet, ClassBoxNet   class, box, class and box   (of study/)
+    ClassNet, BoxNet, ClassBoxNet   class, box, class and box
 
 Every network takes float images (N, c_in, H, W) whose sides are multiples of 16 from 64 to 4,096, and
 returns `Outputs`. Shapes are written (N, C, H, W); /k stands for a side divided by k, rounded up.

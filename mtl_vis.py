@@ -139,7 +139,7 @@ def draw_test_pets(model, args):
 
 class Photograph(NamedTuple):
     path: Path
-    name: str  # of the files to write: with the folders below the one that was searched, mostly without suffix
+    name: str  # of its outputs: its path below the folder that was searched, mostly without suffix
 
     def output(self, folder, kind):
         """The file to write; `kind` is 'mask' or 'cutout'."""
@@ -149,9 +149,8 @@ class Photograph(NamedTuple):
 def find_photographs(arguments, written):
     """The Photographs that files, folders (searched to any depth) and patterns stand for, in order.
 
-    Folders and patterns leave out hidden files and folders and those in `written`, which the run before wrote to, and
-    what is below these. Photographs whose names differ only in the
-    suffix keep it. Raises InputError for a folder or pattern without any; a file need not exist.
+    Folders and patterns leave out what is hidden and `written`, the outputs of an earlier run. Photographs whose names
+    differ only in the suffix keep it. Raises InputError for a folder or pattern without any; a file need not exist.
     """
     found, left_out = [], {Path(path).resolve() for path in written if path}
     for argument in arguments:
@@ -172,7 +171,7 @@ def find_photographs(arguments, written):
             and not left_out & {file.resolve(), *file.resolve().parents} - {folder.resolve(), *folder.resolve().parents}
         ]
         if not files:
-            raise InputError(f'{argument}: finds no image; looked for files that end in {", ".join(IMAGE_SUFFIXES)}')
+            raise InputError(f'{argument}: finds no file that ends in {", ".join(IMAGE_SUFFIXES)}')
         found += [Photograph(file, str(file.relative_to(folder).with_suffix(''))) for file in files]
     count = Counter(photograph.name for photograph in found)
     return [
@@ -230,7 +229,7 @@ def look_at_photographs(model, photographs, args):
         noun = 'photograph' if seen == 1 else 'photographs'
         print(f'{args.out}: {drawn} {noun}', file=sys.stderr if args.json == '-' else sys.stdout)
     if seen < len(photographs):
-        raise InputError(f'{len(photographs) - seen} of {len(photographs)} photographs cannot be read')
+        raise InputError(f'{len(photographs) - seen} of {len(photographs)} photographs failed')
 
 
 def describe(prediction):
@@ -270,8 +269,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('photographs', nargs='*', help='files, folders and patterns to look at (default: some test pets)')
-    add('--model', default=MODEL, metavar='FILE', help='of train_mtl.py (default: mtl_model.pt beside this script)')
-    add('--data', default='datasets/data_new', metavar='DIR', help='of the test pets (default: %(default)s)')
+    add('--model', default=MODEL, metavar='FILE', help='a model file (default: mtl_model.pt beside this script)')
+    add(
+        '--data',
+        default='datasets/data_new',
+        metavar='DIR',
+        help='folder of the splits with the test pets (default: %(default)s)',
+    )
     add('--count', type=whole_number(1), default=6, help='how many test pets (default: %(default)s)')
     add('--seed', type=whole_number(0), default=0, help='which test pets (default: %(default)s)')
     add('--flip', action='store_true', help='average with the mirror image: a better head box, in twice the time')

@@ -87,7 +87,7 @@ def is_hidden_convolution(parameter):
 
 
 def make_schedule(optimizer, total_steps):
-    """The learning rate of each step: linear, from a 25th of the optimiser's up to it and down to almost zero.
+    """The learning rate of each step: linear warm-up from a 25th over a fifth of the steps, then linear to almost zero.
 
     One cycle (Smith and Topin 2018). The first of Adam's betas moves from 0.95 to 0.85 and back meanwhile.
     """

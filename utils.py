@@ -2,8 +2,8 @@
 
 Shapes and types are those of a `Sample` of `MTLDataset` and of `models.Outputs`: mask logits and masks
 (N, 1, H, W), class logits (N, n_classes) and labels (N,), boxes (N, 4) in [0, 1]. Unknown is 255 in a mask,
-NaN in a box and -1 as a label. Every loss and metric is a mean over the samples whose label is known, and zero for a
-batch without labels.
+NaN in a box and -1 as a label. Every loss is a mean over the samples whose label is known, and zero without any; a
+metric is that mean or, with reduction='none', the value of each of these samples.
 """
 
 import math

@@ -15,17 +15,15 @@ def main(argv=None):
     )
     add = parser.add_argument
     add('--data', default='datasets/folds', metavar='DIR', help='folder of fold0, fold1 ... (default: %(default)s)')
-    add('--out', type=Path, default=Path('results/study'), metavar='DIR', help='default: %(default)s')
-    add(
-        '--runs', type=Path, default=Path('runs/study'), metavar='DIR', help='of unfinished runs (default: %(default)s)'
-    )
+    add('--out', type=Path, default=Path('results/study'), metavar='DIR', help='the results (default: %(default)s)')
+    add('--runs', type=Path, default=Path('runs/study'), metavar='DIR', help='unfinished runs (default: %(default)s)')
     add('--only', nargs='+', choices=ARMS, default=list(ARMS), metavar='ARM', help=f'some of {", ".join(ARMS)}')
     folds_help = 'some of the folds; learning rates are chosen on fold 0'
     add('--folds', nargs='+', type=int, choices=range(5), default=range(5), metavar='K', help=folds_help)
     add('--jobs', type=whole_number(1), default=1, help='runs side by side (default: %(default)s)')
     device_help = 'where to train (default: %(default)s); the same for all runs of an --out'
     add('--device', choices=('auto', 'cpu', 'cuda'), default='cpu', help=device_help)
-    minutes_help = 'stop after so many, with checkpoints; the same command goes on'
+    minutes_help = 'stop after M minutes; the same command resumes'
     add('--minutes', type=positive_number, metavar='M', help=minutes_help)
     add('--table', action='store_true', help='train nothing, draw the tables and plots')
     args = parser.parse_args(argv)
@@ -44,7 +42,7 @@ def main(argv=None):
             failed = runner.train_all(args)
     tables.draw(args.out)
     if failed:
-        raise InputError(f'{len(failed)} runs failed; the same command goes on with them')
+        raise InputError(f'{len(failed)} runs failed; the same command retries them')
 
 
 if __name__ == '__main__':

@@ -1,1 +1,1 @@
-"""What every script uses and no experiment changes: files, checkpoints, processes, messages."""
+"""What the scripts lean on and no experiment changes."""

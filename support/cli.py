@@ -18,7 +18,7 @@ ECHO = 0.5  # seconds: one Ctrl-C can come twice, from the terminal and from tor
 
 
 class InputError(Exception):
-    """A file or an option that cannot be used; the message is the one line that the user sees."""
+    """Ends the script with its message, one line, such as of a file or an option that cannot be used."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,10 +43,19 @@ def run_script(main):
     try:
         main()
     except (InputError, OSError, MemoryError, KeyboardInterrupt) as error:
-        # The frames hold the DataLoader, and Python would wait for its workers, which ignore signals, for ever.
-        traceback.clear_frames(error.__traceback__)
+        clear_frames(error)
         print(one_line(describe(error))[:2000], file=sys.stderr)
         sys.exit(getattr(error, 'status', 130) if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def clear_frames(error):
+    """Let go of what the frames of an error, and of those behind it, hold.
+
+    It may be a DataLoader, for whose workers, which ignore signals, Python would wait for ever.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def describe(error):

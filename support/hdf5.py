@@ -123,7 +123,7 @@ def find_dataset(file, key):
     path, expected = file.filename, SHAPES[key.removeprefix('chunked_')]
     dataset = file.get(key) if has_own(file, key) else None
     if not isinstance(dataset, h5py.Dataset):
-        raise InputError(f"{path}: no dataset '{key}' of its own, not a link or group; it holds {list(file)[:10]}")
+        raise InputError(f"{path}: no dataset '{key}' of its own (links do not count); it holds {list(file)[:10]}")
     if dataset.is_virtual or dataset.external:
         raise InputError(f"{path}: '{key}' takes its values from other files; store them in this one")
     shape = dataset.shape or ()

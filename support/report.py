@@ -1,7 +1,6 @@
 """What a run reports: the epoch's line, test metrics, log.csv, curves.png, test_scores.csv and metrics.json."""
 
 import csv
-import gzip
 import io
 import json
 import math
@@ -76,14 +75,12 @@ def write_metrics(metrics, path):
 
 
 def write_csv(columns, rows, path):
-    """A CSV of dicts, gzipped if `path` ends in .gz; a value that a row does not have stays empty."""
+    """A CSV of dicts; a value that a row does not have stays empty."""
     text = io.StringIO(newline='')
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
     content = text.getvalue().encode()
-    if path.suffix == '.gz':
-        content = gzip.compress(content, mtime=0)  # the same rows give the same bytes
     write_file(path, lambda file: file.write(content))
 
 
@@ -95,7 +92,7 @@ def write_log(history, path):
 def write_scores(scores, names, classes, path):
     """A CSV with a row for each test image: its name and class, and its value of each metric, empty where unknown.
 
-    `scores`: as `evaluation.score` returns them.
+    `scores`: {metric: (N,) array}.
     """
     columns = ['image', 'class', *scores]
     texts = [['' if math.isnan(value) else f'{value:.6g}' for value in values] for values in scores.values()]

@@ -1,8 +1,8 @@
 """Where images and annotations come from: Oxford-IIIT Pet, drawn pets, or a folder of one's own. Imports no torch.
 
-A source has `records`, `class_names`, `read(record, size)` and, unless no two images can be near-identical,
-`thumbnail(record)`. Reading fills `unreadable`, with a message for each annotation, and `petless`, with the names of
-the images whose masks show no pet though each image has one.
+A source has `records`, `class_names`, `read(record, size)` and, except for drawn pets, `thumbnail(record)`. Reading
+fills `unreadable`, with a message for each annotation, and `petless`, with the names of the images of Oxford-IIIT Pet
+whose masks are all background.
 """
 
 import csv
@@ -51,9 +51,8 @@ class Photographs:
 
     def thumbnail(self, record):
         """The record's image in grey at the size THUMBNAIL; raises UnreadableFile."""
-        with open_image(self._image_path(record.name)) as image:
-            image.draft('L', (64, 64))  # a JPEG is decoded in grey, at a quarter or so of its size
-            return np.asarray(on_white(to_srgb(image)).convert('L').resize(THUMBNAIL, Image.Resampling.BOX))
+        image = self._read_image(record.name, small=True)
+        return np.asarray(image.convert('L').resize(THUMBNAIL, Image.Resampling.BOX))
 
     def read(self, record, size):
         """The record's image (size, size, 3) uint8 RGB, mask (size, size, 1) uint8 and box (4,) float32.
@@ -158,11 +157,10 @@ class OxfordPets(Photographs):
     def _path(self, kind, name):
         return self.folder / FILES[kind].format(name)
 
-    def _image_path(self, name):
-        return self._path('image', name)
-
-    def _read_image(self, name):
+    def _read_image(self, name, small=False):
         with open_image(self._path('image', name)) as image:  # annotated as it is stored, EXIF or not
+            if small:
+                image.draft('L', (64, 64))  # a JPEG is decoded in grey, at a quarter or so of its size
             return on_white(to_srgb(image))
 
     def _read_mask(self, name, size, _):
@@ -201,7 +199,7 @@ class OwnImages(Photographs):
     """Any images, `images`, and if given their masks, another folder, and labels, a CSV file (docs/data.md).
 
     An image is named by its path below `images`, without suffix. Prints the masks and labels that have no image.
-    Raises InputError for labels and values of masks that cannot be told, and for names that are there twice.
+    Raises InputError for ambiguous labels or values of masks, and for two images of one name.
     """
 
     hint = 'take images that can be decoded'
@@ -284,7 +282,7 @@ class OwnImages(Photographs):
             if name not in self.images and name.lower().endswith(IMAGE_SUFFIXES):
                 name = name.rpartition('.')[0]
             if name in rows or not row['image']:
-                raise InputError(f"{where}: image '{row['image']}' is empty or there twice")
+                raise InputError(f"{where}: image '{row['image']}' is empty or listed twice")
             if row['species'] not in ('', *SPECIES):
                 raise InputError(f"{where}: species '{row['species']}'; expected cat, dog or nothing")
             corners = [row[key] for key in LABEL_COLUMNS[3:]]
@@ -296,10 +294,7 @@ class OwnImages(Photographs):
             rows[name] = row
         return rows
 
-    def _image_path(self, name):
-        return self.images[name]
-
-    def _read_image(self, name):
+    def _read_image(self, name, small=False):
         return on_white(read_photograph(self.images[name]))
 
     def _read_mask(self, name, size, extent):
@@ -326,7 +321,7 @@ def find_named(folder, suffixes):
             continue
         name = inner.with_suffix('').as_posix()
         if name in found:
-            raise InputError(f'{path}: there is {found[name].name}, too; give one of them another name')
+            raise InputError(f'{path}: has the same name as {found[name].name}; rename one of them')
         if not name.isprintable() or len(name) > 200:
             raise InputError(f'{path}: its name is too long or cannot be printed; rename it')
         found[name] = path
@@ -354,6 +349,8 @@ def read_values(path):
 
 class SyntheticPets:
     """`count` drawn pets with every label."""
+
+    unreadable = petless = ()
 
     def __init__(self, count, seed):
         self.seed = seed

@@ -46,11 +46,6 @@ def test_file_of_another_kind_is_refused(path, content, message):
     assert str(error.value).endswith(f"; expected '{TRAINING_FORMAT}', which the training scripts write")
 
 
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match='last.pt: no such file; the training scripts make it'):
-        load_checkpoint(tmp_path / 'last.pt', TRAINING_FORMAT)
-
-
 @pytest.mark.parametrize('share', [0.5, 0.99])
 def test_truncated_file_is_refused(path, share):
     content = path.read_bytes()

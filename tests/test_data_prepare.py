@@ -379,7 +379,7 @@ def test_an_image_that_is_damaged_meanwhile_is_named_and_nothing_written(oxford,
         'data_prepare.split_groups', lambda *args: image_path(root, 'breed0_4').unlink() or split_groups(*args)
     )
     line = error_line(main, '--root', root, '--out', tmp_path / 'out', '--split', '60-20-20')
-    assert 'breed0_4.jpg: No such file or directory; it could be read a while ago; run the command again' in line
+    assert 'breed0_4.jpg: No such file or directory; it was readable before; run the command again' in line
     assert not list((tmp_path / 'out').rglob('*.h5*'))
 
 

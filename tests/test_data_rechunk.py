@@ -105,13 +105,18 @@ def assert_refused(path, message):
 
 
 @pytest.mark.parametrize(
-    'dtype, value', [('f4', np.nan), ('f4', np.inf), ('f4', -1), ('f4', 256), ('i2', -1), ('i2', 256)]
+    'stem, dtype, value',
+    [('images', *each) for each in (('f4', np.nan), ('f4', np.inf), ('f4', -1), ('f4', 256), ('i2', -1), ('i2', 256))]
+    + [('masks', *each) for each in (('u1', 7), ('f4', 0.5), ('f4', np.nan), ('i1', -1), ('i2', 256), ('u2', 257))],
 )
-def test_images_out_of_range_are_refused(tmp_path, dtype, value):
-    values = images(dtype=dtype)
-    values[5, 3, 2, 1] = value
-    path = write(tmp_path / 'images.h5', values)
-    assert_refused(path, f'images.h5: sample 5 holds {value:g}; images are expected as 0 to 255')
+def test_a_value_that_images_or_masks_do_not_have_is_refused(tmp_path, small_slabs, stem, dtype, value):
+    values = (
+        images(dtype=dtype) if stem == 'images' else np.eye(48, 40, dtype=dtype)[None, ..., None].repeat(20, axis=0)
+    )
+    values[13, 3, 2, 0] = value
+    path = write(tmp_path / f'{stem}.h5', values)
+    expected = 'images are expected as 0 to 255' if stem == 'images' else 'a mask holds 0, 1 and 255 for unknown'
+    assert_refused(path, f'{stem}.h5: sample 13 holds {value:g}; {expected}')
 
 
 @pytest.mark.parametrize('dtype', ['uint8', 'float32', 'bool'])
@@ -145,26 +150,11 @@ def test_masks_become_uint8_and_the_known_ones_are_recorded(tmp_path, small_slab
     assert rechunk_file(path) is None
 
 
-@pytest.mark.parametrize(
-    'dtype, value', [('u1', 7), ('f4', 0.5), ('f4', np.nan), ('f8', np.inf), ('i1', -1), ('i2', 256), ('u2', 257)]
-)
-def test_a_mask_of_another_value_is_refused(tmp_path, small_slabs, dtype, value):
-    values = np.eye(48, 40, dtype=dtype)[None, ..., None].repeat(20, axis=0)
-    values[13, 3, 2] = value
-    path = write(tmp_path / 'masks.h5', values)
-    assert_refused(path, f'masks.h5: sample 13 holds {value:g}; a mask holds 0, 1 and 255 for unknown')
-
-
 def test_masks_of_0_and_255_are_refused(tmp_path, small_slabs):
     values = np.zeros((20, 48, 40, 1), 'uint8')
     values[0], values[13, 5:] = 255, 255  # most slabs hold only one of the two
     path = write(tmp_path / 'masks.h5', values)
     assert_refused(path, 'masks.h5: holds 0 and 255 but no 1; 255 means unknown, the pet is 1')
-
-
-def linked_record(file):
-    file.move('known_masks', 'elsewhere')
-    file['known_masks'] = h5py.SoftLink('/elsewhere')
 
 
 def short_record(file):
@@ -178,9 +168,7 @@ def masks_of_another_type(file):
     file['chunked_masks'] = file.create_dataset('masks', data=values, chunks=(1, 48, 40, 1))
 
 
-@pytest.mark.parametrize(
-    'change', [lambda file: file.pop('known_masks'), linked_record, short_record, masks_of_another_type]
-)
+@pytest.mark.parametrize('change', [lambda file: file.pop('known_masks'), short_record, masks_of_another_type])
 def test_masks_without_a_sound_record_are_rechunked_again(tmp_path, change):
     path = write(tmp_path / 'masks.h5', masks())
     rechunk_file(path)
@@ -215,13 +203,15 @@ def test_label_tables_become_one_chunk(tmp_path):
 def test_what_else_a_file_holds_goes_along_and_links_are_not_followed(tmp_path):
     path = write(tmp_path / 'breeds.h5', np.zeros((5, 1), 'int16'))
     with h5py.File(path, 'a') as file:
-        file['breeds'].attrs['class_names'] = ['a', 'b']
+        file['breeds'].attrs['class_names'] = ['a', 'caf\xe9']
         file.attrs['author'] = 'somebody'
         file['notes'], file['known_masks'] = [1, 2, 3], [4, 5]
         file['away'], file['nowhere'] = h5py.ExternalLink('/etc/hostname', '/x'), h5py.SoftLink('/y')
     rechunk_file(path)
     with h5py.File(path) as file:
-        assert read_text(file['chunked_breeds'].attrs, 'class_names') == ['a', 'b']
+        attributes = file['chunked_breeds'].attrs
+        assert read_text(attributes, 'class_names') == ['a', 'caf\xe9']
+        assert attributes.get_id('class_names').dtype.kind == 'S'  # of fixed length, see hdf5.py
         assert read_text(file.attrs, 'author') == 'somebody'
         assert file['notes'][()].tolist() == [1, 2, 3] and file['known_masks'][()].tolist() == [4, 5]
         assert file.get('away', getlink=True).filename == '/etc/hostname'
@@ -308,7 +298,7 @@ def unknown_filter(file):
 @pytest.mark.parametrize(
     'store, message',
     [
-        (external, "no dataset 'images' of its own, not a link or group"),
+        (external, "no dataset 'images' of its own .links do not count"),
         (raw, 'takes its values from other files'),
         (virtual, 'takes its values from other files'),
         (many, 'has 1000000000 samples in a file of 5248 bytes'),
@@ -344,18 +334,16 @@ def test_a_file_that_another_program_writes_to_is_refused(tmp_path):
 @pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_files_are_made_and_rechunked_on_a_file_system_without_locks(tmp_path, monkeypatch, number):
     def no_locks(*_):
-        raise OSError(number, os.strerror(number))
-
-    def no_h5_locks(locking):
-        if locking:
-            raise OSError(f"(unable to lock file, errno = {number}, error message = '{os.strerror(number)}')")
+        raise OSError(number, f"(unable to lock file, errno = {number}, error message = '{os.strerror(number)}')")
 
     def open_file(path, mode='r', locking=True, open_file=h5py.File, **options):
-        no_h5_locks(locking and isinstance(path, Path))
+        if locking and isinstance(path, Path):
+            no_locks()
         return open_file(path, mode, locking=locking, **options)
 
     def create_file(path, flags, creation, access, create_file=h5py.h5f.create):
-        no_h5_locks(access.get_file_locking()[0])
+        if access.get_file_locking()[0]:
+            no_locks()
         return create_file(path, flags, creation, access)
 
     monkeypatch.setattr(h5py, 'File', open_file)
@@ -376,10 +364,9 @@ def test_a_file_that_a_reader_has_open_can_be_rechunked(tmp_path, locking):
     np.testing.assert_array_equal(read(path), images())
 
 
-@pytest.mark.parametrize('count', [3, 8, 29])
+@pytest.mark.parametrize('count', [3, 8])
 def test_same_bytes_detects_any_changed_byte(count):
-    one = np.arange(count, dtype=np.float32)
-    one[1] = np.nan
+    one = np.array([np.nan, *range(count - 1)], np.float32)
     assert data_rechunk.same_bytes(one, one.copy())
     for position in range(count * 4):
         other = one.copy()
@@ -425,7 +412,7 @@ def test_memory_is_bounded_whatever_the_number_of_samples(tmp_path):
         (np.zeros((5, 8, 8)), 'expected numbers of shape (N, H, W, 3)'),
         (np.zeros((0, 8, 8, 3)), 'holds no samples'),
         (np.full((5, 8, 8, 3), b'x'), 'expected numbers'),
-        (None, "no dataset 'images' of its own, not a link or group; it holds ['pictures']"),
+        (None, "no dataset 'images' of its own (links do not count); it holds ['pictures']"),
     ],
 )
 def test_a_wrong_shape_type_or_name_is_named(original_files, error_line, values, message):

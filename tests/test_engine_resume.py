@@ -96,7 +96,7 @@ def test_signal_during_evaluation_loses_no_step(shared_data, finished_run, tmp_p
 def test_signal_after_the_test_says_that_the_run_is_finished(shared_data, tmp_path, monkeypatch):
     write = report.write_metrics
     monkeypatch.setattr(report, 'write_metrics', lambda *args: signal.raise_signal(signal.SIGTERM) or write(*args))
-    with pytest.raises(Stopped, match='is finished, and --resume only tests it again') as stopped:
+    with pytest.raises(Stopped, match='stopped after the run in .* had finished') as stopped:
         train(shared_data, tmp_path)
     assert stopped.value.status == 143 and (tmp_path / 'metrics.json').exists()
 
@@ -113,12 +113,6 @@ def test_resume_says_if_the_number_of_threads_or_the_commit_has_changed(
     printed = capsys.readouterr().out
     assert 'last.pt: threads was 1 and is 7; the weights may differ' in printed
     assert re.search('last.pt: commit was .* and is another; the weights may differ', printed)
-
-
-def test_data_and_run_may_be_moved_before_a_resume(data, finished_run, tmp_path, monkeypatch):
-    shutil.copytree(finished_run, tmp_path / 'moved')
-    monkeypatch.chdir(tmp_path)
-    train(f'./{data.name}/', 'moved', '--resume', '--workers', 1)
 
 
 @pytest.mark.parametrize(
@@ -254,12 +248,16 @@ def test_damaged_last_checkpoint_is_one_line_and_left_as_it_was(
     assert before == read_folder(tmp_path)
 
 
-def test_missing_files_are_made_again_from_the_last_checkpoint(shared_data, finished_run, tmp_path):
-    (tmp_path / 'last.pt').write_bytes((finished_run / 'last.pt').read_bytes())
-    train(shared_data, tmp_path, '--resume')
-    assert same_bits(read_checkpoints(finished_run), read_checkpoints(tmp_path))
+def test_data_and_run_may_be_moved_and_missing_files_are_made_again_from_the_last_checkpoint(
+    data, finished_run, tmp_path, monkeypatch
+):
+    (tmp_path / 'moved').mkdir()
+    shutil.copy(finished_run / 'last.pt', tmp_path / 'moved')
+    monkeypatch.chdir(tmp_path)
+    train(f'./{data.name}/', 'moved', '--resume', '--workers', 1)
+    assert same_bits(read_checkpoints(finished_run), read_checkpoints(tmp_path / 'moved'))
     for name in 'log.csv', 'curves.png':
-        assert (finished_run / name).read_bytes() == (tmp_path / name).read_bytes()
+        assert (finished_run / name).read_bytes() == (tmp_path / 'moved' / name).read_bytes()
 
 
 def test_kill_after_last_checkpoint_mixes_no_files_of_two_runs(shared_data, finished_run, tmp_path):

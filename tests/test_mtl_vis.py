@@ -119,7 +119,7 @@ def test_photographs_that_cannot_be_read_are_named_and_stop_no_other(model_path,
         *errors, last = printed.err.splitlines()
         assert stopped.value.code == 1
         assert [line.startswith(f'error: {path}: ') for line, path in zip(errors, broken, strict=True)] == [True] * 4
-        assert last == f'error: 4 of {4 + len(others)} photographs cannot be read'
+        assert last == f'error: 4 of {4 + len(others)} photographs failed'
         assert out.exists() == printed.out.startswith(f'{sound}: ') == written
         assert [json.loads(line)['file'] for line in json_file.open()] == list(map(str, others))
 
@@ -215,7 +215,7 @@ def test_whatever_goes_wrong_in_one_photograph_is_its_line(model_path, tmp_path,
     one, two, predict_it = photograph(tmp_path / '1.png'), photograph(tmp_path / '2.png'), mtl_vis.predict
     results = iter([lambda *_, **__: {}['key'], predict_it])
     monkeypatch.setattr(mtl_vis, 'predict', lambda *args, **options: next(results)(*args, **options))
-    with pytest.raises(InputError, match='1 of 2 photographs cannot be read'):
+    with pytest.raises(InputError, match='1 of 2 photographs failed'):
         run('--model', model_path, '--out', tmp_path / 'out.png', '--json', tmp_path / 'a.jsonl', one, two)
     assert capsys.readouterr().err.startswith(f'error: {one}: ')
     assert json.loads((tmp_path / 'a.jsonl').read_text())['file'] == str(two)
@@ -234,7 +234,7 @@ def test_patterns_and_folders_without_photographs_are_named(tmp_path, error_line
     (tmp_path / 'empty').mkdir()
     for name in 'x*.png', 'empty':
         line = error_line(main, tmp_path / name)
-        assert f'{name}: finds no image; looked for files that end in .jpg' in line
+        assert f'{name}: finds no file that ends in .jpg' in line
 
 
 def test_a_missing_model_and_one_without_masks_are_named(tmp_path, error_line):

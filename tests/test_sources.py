@@ -131,7 +131,7 @@ def test_masks_that_do_not_fit_are_named_and_unknown(own, tmp_path, capsys):
     'labels, message',
     [
         ('name,class\na/0,pear\n', r"its first line is \['name', 'class'\]; expected a column 'image'"),
-        ('image,class\na/0,pear\na/0.png,pear\n', "labels.csv, line 3: image 'a/0.png' is empty or there twice"),
+        ('image,class\na/0,pear\na/0.png,pear\n', "labels.csv, line 3: image 'a/0.png' is empty or listed twice"),
         ('image,species\na/0,bird\n', "line 2: species 'bird'; expected cat, dog or nothing"),
         ('image,xmin,ymin,xmax,ymax\na/0,1,2,3,\n', 'line 2: the box .* is not four numbers in pixels, or nothing'),
         ('image,xmin\na/0,1\n', 'line 2: the box .* is not four numbers'),
@@ -150,7 +150,7 @@ def test_other_values_of_masks_are_listed(own, tmp_path, error_line):
 def test_names_that_are_there_twice_and_folders_without_images_are_refused(own, tmp_path, error_line):
     options = own()
     Image.new('RGB', (9, 9)).save(tmp_path / 'images' / 'a' / '0.jpg')
-    assert '0.png: there is 0.jpg, too; give one of them another name' in error_line(main, *options)
+    assert '0.png: has the same name as 0.jpg; rename one of them' in error_line(main, *options)
     (tmp_path / 'images' / 'a' / '0.jpg').unlink()
     assert 'gone.csv: no such file' in error_line(main, *options, '--labels', tmp_path / 'gone.csv')
     (tmp_path / 'empty').mkdir()

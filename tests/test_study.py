@@ -192,7 +192,7 @@ def finished(tmp_path, monkeypatch):
 
 def test_all_runs_are_trained_and_a_failed_one_is_told(finished, tmp_path, capsys):
     started, options = finished
-    with pytest.raises(InputError, match='2 runs failed; the same command goes on with them'):
+    with pytest.raises(InputError, match='2 runs failed; the same command retries them'):
         main([*options, 'unet', 'mtl', 'without-bbox'])
     assert len(started) == 3 + 3 + 2 + 2
     assert set(started) >= {RunKey(arm, 1, BEST) for arm in ('unet', 'mtl', 'without-bbox')}
@@ -333,7 +333,7 @@ def write_results(out, reverse=False):
         runs.append(key._asdict() | row | {f'test_{name}': values[name].mean() for name in metrics})
     step = -1 if reverse else 1
     write_csv(results.RUN_COLUMNS, runs[::step], out / 'runs.csv')
-    write_csv(results.SCORE_COLUMNS, scores[::step], out / 'scores.csv.gz')
+    pd.DataFrame(scores[::step], columns=results.SCORE_COLUMNS).to_csv(out / 'scores.csv.gz', index=False)
 
 
 def read_markdown(text):
@@ -391,7 +391,7 @@ def test_results_that_cannot_be_used_are_told(tmp_path, capsys):
     assert 'no learning rate is chosen yet' in capsys.readouterr().out
     write_results(tmp_path)
     scores = results.read_text(tmp_path / 'scores.csv.gz')
-    write_csv(scores.columns, scores[scores['arm'] != 'mtl'].to_dict('records'), tmp_path / 'scores.csv.gz')
+    scores[scores['arm'] != 'mtl'].to_csv(tmp_path / 'scores.csv.gz', index=False)
     with pytest.raises(InputError, match='lacks the scores of .*mtl'):
         main(['--table', '--out', str(tmp_path)])
     (tmp_path / 'runs.csv').write_text('arm,fold,rate\nunet,0,0.001\n')

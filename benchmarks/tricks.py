@@ -1,0 +1,182 @@
+"""What is each part of the recipe worth? Training without one thing at a time, for equal minutes.
+
+    python benchmarks/tricks.py --data datasets/data_new --base scratch --minutes 15
+    python benchmarks/tricks.py --data datasets/data_new --base imagenet --minutes 8
+
+Trains MTLNet with the whole recipe, then without each of its parts, and with each candidate for it, from --seeds seeds.
+A run is one full cycle of the learning rate, of as many steps as fit into --minutes, so a part that makes steps faster
+is paid in steps. Each is in a process of its own, on one thread, and validated at ten points; its metrics are those of
+the point with the best validation Dice. The test split is not used.
+
+A finished run is added to BASE.csv in --out, and the same command again makes the runs that are missing; one --out for
+one machine, data, --minutes and commit. The table has the mean differences to the whole recipe, seed by seed, with 95 %
+intervals by Student's t. There is no ratio.
+"""
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import common
+import pandas as pd
+import torch
+from scipy import stats
+from time_to_dice import steps_that_fit, train_epoch
+from train_step import IMAGENET, Line, make_run
+
+import engine
+import models
+import utils
+from engine import Config
+from evaluation import evaluate
+from models import MTLNet
+from support.cli import positive_number, run_script, whole_number
+from support.device import keep_freed_memory
+from support.report import write_csv
+
+BASES = {'scratch': {}, 'imagenet': IMAGENET}
+METRICS = ('dice', 'accuracy', 'box_iou')
+COLUMNS = ('variant', 'seed', 'steps', *METRICS)
+POINTS = 10
+WHOLE = 'the whole recipe'
+
+
+class Variant(NamedTuple):
+    """The recipe with something else: `config` is what differs from Config, `change` changes the code."""
+
+    config: dict = {}
+    change: Callable = lambda: None
+    bases: tuple = tuple(BASES)
+    keep_memory: bool = True
+
+
+def no_smoothing():
+    utils.TASKS['class'].loss.smoothing = 0
+
+
+def no_giou():
+    utils.ops.generalized_box_iou_loss = lambda bbox, target: bbox.new_zeros(len(bbox))
+
+
+def no_shortcut():
+    models.Residual.forward = lambda self, x: torch.relu(self.bn(self.conv(x)))
+
+
+def nothing_frozen():
+    models.TimmEncoder.freeze_shallow = lambda self: None
+
+
+def all_bfloat16():
+    models.is_slow_in_bfloat16 = lambda conv: False
+
+
+def cosine_schedule():
+    def make(optimizer, total_steps):
+        rates, steps = [group['lr'] for group in optimizer.param_groups], max(6, total_steps + 1)
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.2)
+
+    engine.make_schedule = make
+
+
+def wider_decoder():
+    models.TIMM_WIDTHS = tuple(2 * width for width in models.TIMM_WIDTHS)
+
+
+VARIANTS = {
+    WHOLE: Variant(),
+    'AdamW for all': Variant({'muon': False}, bases=('scratch',)),
+    'no moving average': Variant({'average': 1e-9}),
+    'one image size': Variant({'sizes': ((1, 3 / 4),)}, bases=('scratch',)),
+    'no colour jitter': Variant({'jitter': 0}),
+    'no label smoothing': Variant(change=no_smoothing),
+    'L1 without GIoU': Variant(change=no_giou),
+    'no residual shortcut': Variant(change=no_shortcut, bases=('scratch',)),
+    'no frozen layers': Variant(change=nothing_frozen, bases=('imagenet',)),
+    'one learning rate': Variant({'encoder_lr_share': 1}, bases=('imagenet',)),
+    'depthwise convolutions in bfloat16': Variant(change=all_bfloat16, bases=('imagenet',)),
+    'cosine schedule': Variant(change=cosine_schedule),
+    'float32': Variant({'bfloat16': False}),
+    'freed memory not kept': Variant(keep_memory=False),
+    'full size at the end': Variant({'sizes': (*Config.sizes[:-1], (0.85, 3 / 4), (1, 1))}, bases=('scratch',)),
+    'full size at the end, ImageNet': Variant({'sizes': ((0.8, 3 / 4), (1, 1))}, bases=('imagenet',)),
+    'milder crops': Variant({'crop': (0.4, 1.0)}, bases=('scratch',)),
+    'wider decoder': Variant(change=wider_decoder, bases=('imagenet',)),
+}
+
+
+def train_variant(name, base, config, seconds, results):
+    """Put (steps of an epoch, {metric: value}) of the best of POINTS epochs into `results`."""
+    variant = VARIANTS[name]
+    torch.set_num_threads(1)
+    if variant.keep_memory:
+        keep_freed_memory()
+    variant.change()
+    line = Line(MTLNet, config=BASES[base] | variant.config)
+    config = replace(config, steps=steps_that_fit(line, config, seconds))
+    run, found = make_run(line, config), []
+    for _ in range(config.epochs):
+        train_epoch(run)
+        found.append(evaluate(run.average.module, run.splits['val'], run.device, bfloat16=run.bfloat16))
+    results.put((config.steps, max(found, key=lambda metrics: metrics['dice'])))
+
+
+def read_rows(path):
+    return pd.read_csv(path).to_dict('records') if path.exists() else []
+
+
+def table_rows(rows):
+    """The rows of the table: differences to WHOLE over the seeds that both have."""
+    values = pd.DataFrame(rows).set_index(['variant', 'seed'])
+    whole, table = values.loc[WHOLE], []
+    for name in VARIANTS:
+        if name not in values.index:
+            continue
+        found = values.loc[name].dropna()
+        differences = (found - whole)[list(METRICS)].dropna()
+        half = differences.sem() * stats.t.ppf(0.975, max(1, len(differences) - 1))
+        cells = [f'{differences[metric].mean():+.4f} ± {half[metric]:.4f}' for metric in METRICS]
+        if name == WHOLE:
+            cells = [f'{whole[metric].mean():.4f}' for metric in METRICS]
+        table.append([name, str(len(found)), f'{found["steps"].mean() / whole["steps"].mean():.2f}', *cells])
+    return table
+
+
+def main(argv=None):
+    parser = common.make_parser(__doc__, pets=600)
+    add = parser.add_argument
+    add('--base', choices=BASES, default='scratch', help='default: %(default)s')
+    add('--minutes', type=positive_number, default=15, metavar='N', help='of every run (default: %(default)s)')
+    add('--seeds', type=whole_number(1), default=3, help='runs of each (default: %(default)s)')
+    add('--only', choices=VARIANTS, nargs='+', default=list(VARIANTS), metavar='VARIANT', help='train these now')
+    add('--out', type=Path, default=Path('runs/tricks'), metavar='DIR', help='default: %(default)s')
+    args = parser.parse_args(argv)
+    common.print_heading(parser, argv)
+    path, context = args.out / f'{args.base}.csv', multiprocessing.get_context('spawn')
+    rows = read_rows(path)
+    names = [name for name in args.only if args.base in VARIANTS[name].bases]
+    with common.prepared(args.data, 600) as data:
+        for seed in range(args.seeds):
+            for name in names:
+                if any((row['variant'], row['seed']) == (name, seed) for row in rows):
+                    continue
+                config = Config(data, epochs=POINTS, seed=seed, device='cpu')
+                results = context.SimpleQueue()
+                process = context.Process(
+                    target=train_variant, args=(name, args.base, config, 60 * args.minutes, results)
+                )
+                process.start()
+                process.join()
+                if process.exitcode:
+                    continue  # it said why; the next start tries again
+                steps, metrics = results.get()
+                row = dict(zip(COLUMNS, (name, seed, steps, *(metrics[metric] for metric in METRICS))))
+                rows.append(row)
+                write_csv(COLUMNS, rows, path)
+                print(row, flush=True)
+    common.print_table(['', 'seeds', 'steps', *METRICS], table_rows(rows))
+
+
+if __name__ == '__main__':
+    run_script(main)
