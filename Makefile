@@ -19,7 +19,7 @@ demo: .venv/ready
 	$(RUN) mtl_vis.py $(DEMO) --model runs/demo/mtl_model.pt
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 check: lint
 	$(RUN) -m pytest -m ''

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -15,6 +16,7 @@ from export_onnx import Exported
 from models import AblatedNet, BoxNet, MTLNet, UNet, load_model, model_content
 from prediction import predict
 from support.checkpoint import save_checkpoint
+from utils import METRICS
 
 OUTPUTS = {
     MTLNet: ['breed_probabilities', 'mask_probability', 'bbox'],
@@ -22,12 +24,13 @@ OUTPUTS = {
     AblatedNet: ['breed_probabilities', 'mask_probability'],
     BoxNet: ['bbox'],
 }
+FLOATS = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 NAMES, SPECIES = ['Bengal', 'pug', 'シャム'], ['cat', 'dog', None]
 
 
-def write_model(path, network, encoder='unet'):
+def write_model(path, network, encoder='unet', names=NAMES):
     torch.manual_seed(0)
-    save_checkpoint(path, model_content(network(n_classes=3, encoder=encoder), NAMES, SPECIES, (64, 80)))
+    save_checkpoint(path, model_content(network(n_classes=3, encoder=encoder), names, SPECIES, (64, 80)))
     return path
 
 
@@ -107,6 +110,95 @@ def test_missing_package_is_one_line_before_anything_is_done(package, tmp_path, 
 
 def test_shipped_model_is_exported_from_any_folder(tmp_path, full_networks, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export_onnx, 'export', lambda model, path: 0.0)
+    monkeypatch.setattr(export_onnx, 'export', lambda *_: 0.0)
     export_onnx.main([])
     assert capsys.readouterr().out.startswith('mtl_model.onnx: images (N, 256, 256, 3) uint8 -> breed_probabilities, ')
+
+
+# ---- the page
+
+
+@pytest.fixture
+def runtime(tmp_path):
+    """A folder with files of the names of ONNX Runtime Web's."""
+    (tmp_path / 'dist').mkdir()
+    for name in (*export_onnx.RUNTIME, 'ort.all.mjs'):
+        (tmp_path / 'dist' / name).write_text(name)
+    return tmp_path / 'dist'
+
+
+def read_about(page):
+    """What the page knows of its model."""
+    text = page.read_text(encoding='utf-8')
+    assert export_onnx.MODEL_PLACE not in text
+    return json.loads(text.partition('<script type="application/json" id="model">')[2].partition('</script>')[0])
+
+
+def test_page_holds_what_its_model_is_and_files_beside_it_stay(tmp_path, runtime, capsys):
+    path, site = write_model(tmp_path / 'model.pt', MTLNet, names=['Bengal', '</script>', 'シャム']), tmp_path / 'site'
+    site.mkdir()
+    (site / 'index.html').write_text('old')
+    (site / 'CNAME').write_text('mine')
+    export_onnx.main(['--model', str(path), '--web', str(site), '--runtime', str(runtime)])
+    assert 'largest difference from the model: ' in capsys.readouterr().out
+    files = {each.relative_to(site).as_posix() for each in site.rglob('*') if each.is_file()}
+    assert files == {'CNAME', 'index.html', 'mtl_model.onnx', *(f'runtime/{name}' for name in export_onnx.RUNTIME)}
+    assert all((site / 'runtime' / name).read_text() == name for name in export_onnx.RUNTIME)
+    about = {'class_names': ['Bengal', '</script>', 'シャム'], 'class_species': SPECIES, 'image_size': [64, 80]}
+    assert read_about(site / 'index.html') == about | {'runtime': './runtime/'}
+    images = draw_images(2)
+    weights = onnx.load(site / 'mtl_model.onnx').graph.initializer
+    kinds = {len(weight.dims) > 1: weight.data_type for weight in weights if weight.data_type in FLOATS}
+    assert kinds == {True: onnx.TensorProto.FLOAT16, False: onnx.TensorProto.FLOAT}
+    session = onnxruntime.InferenceSession(site / 'mtl_model.onnx')
+    halves = dict(zip(OUTPUTS[MTLNet], session.run(None, {'images': images})))
+    for row, expected in enumerate(predict(load_model(path), list(images))):
+        assert halves['mask_probability'][row] == pytest.approx(expected.mask_probability, abs=1e-2)
+        assert halves['bbox'][row] * [80, 64, 80, 64] == pytest.approx(expected.bbox, abs=1)
+
+
+def test_page_alone_loads_the_runtime_from_a_pinned_address(tmp_path, monkeypatch):
+    path, site = write_model(tmp_path / 'model.pt', BoxNet), tmp_path / 'new' / 'site'
+    monkeypatch.setattr(export_onnx, 'export', lambda model, path, half: path.parent.mkdir(parents=True) or 0.0)
+    export_onnx.main(['--model', str(path), '--web', str(site)])
+    assert [each.name for each in site.iterdir()] == ['index.html']  # the model is written by what is replaced here
+    address = read_about(site / 'index.html')['runtime']
+    assert '@1.30.0/' in address and address.startswith('https://') and address.endswith('/')
+    assert address.split('/')[2] in (site / 'index.html').read_text().partition('Security-Policy')[2][:200]
+
+
+@pytest.mark.parametrize('missing', export_onnx.RUNTIME)
+def test_missing_file_of_the_runtime_is_one_line_and_nothing_is_written(missing, tmp_path, runtime, error_line):
+    path, site = write_model(tmp_path / 'model.pt', BoxNet), tmp_path / 'site'
+    (runtime / missing).unlink()
+    line = error_line(export_onnx.main, '--model', path, '--web', site, '--runtime', runtime)
+    assert f"dist/{missing}: no such file; --runtime takes the folder 'dist' of the npm package" in line
+    assert not site.exists()
+
+
+def test_page_stays_as_it_was_if_its_model_differs(tmp_path, monkeypatch, error_line):
+    path, site = write_model(tmp_path / 'model.pt', BoxNet), tmp_path / 'site'
+    site.mkdir()
+    (site / 'index.html').write_text('old')
+    monkeypatch.setattr(export_onnx, 'compare', lambda *_: 0.011)
+    line = error_line(export_onnx.main, '--model', path, '--web', site)
+    assert line.endswith("mtl_model.onnx: not written, as its outputs differ from the model's by 1.1e-02")
+    assert [each.name for each in site.iterdir()] == ['index.html'] and (site / 'index.html').read_text() == 'old'
+
+
+def test_runtime_without_page_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        export_onnx.main(['--runtime', 'dist'])
+    assert 'error: --runtime is for --web' in capsys.readouterr().err
+
+
+def test_the_file_has_the_metrics_of_the_model_on_a_test_split(model_path, shared_data, tmp_path, capsys):
+    (tmp_path / 'metrics.json').write_text(json.dumps({'test': {'dice': {'mean': 0.25}}}))
+    options = '--test', shared_data, '--reported', tmp_path / 'metrics.json', '--out', tmp_path / 'a.onnx'
+    export_onnx.main(['--model', *map(str, (model_path, *options))])
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    dice, *others = ([float(value) for value in row[45:].split()] for row in rows)
+    assert [row[:45].strip() for row in rows] == [metric.printed for metric in METRICS.values()]
+    assert dice[2] == 0.25 and all(len(values) == 2 for values in others)
+    for values in dice, *others:
+        assert values[0] == pytest.approx(values[1], abs=2e-3)

@@ -80,9 +80,9 @@ class Prepare(Script):
 
     def __init__(self, scratch):
         super().__init__(scratch)
-        self.arguments = '--limit', 120, '--size', 64, '--seed', 2, '--out', self.work
+        self.arguments = '--limit', 40, '--size', 64, '--seed', 2, '--out', self.work
         self.earlier = scratch / 'earlier'
-        data_prepare.main(['--limit', '100', '--size', '64', '--seed', '1', '--out', str(self.earlier)])
+        data_prepare.main(['--limit', '32', '--size', '64', '--seed', '1', '--out', str(self.earlier)])
         self.old = h5_files(self.earlier)
         assert self.run()
         self.new = h5_files(self.work)
@@ -109,7 +109,7 @@ class Rechunk(Script):
         super().__init__(scratch)
         self.arguments = '--data', self.work
         self.original, self.values = scratch / 'original', {}
-        data_prepare.main(['--limit', '300', '--size', '64', '--out', str(self.original)])
+        data_prepare.main(['--limit', '100', '--size', '64', '--out', str(self.original)])
         for path in self.original.rglob('*.h5'):
             with h5py.File(path) as file:
                 values = file[path.stem][()]
