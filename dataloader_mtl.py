@@ -148,7 +148,6 @@ class MTLDataset(Dataset):
         transform: maps what `read` returns to the same, at any size; a RandomCropFlip, for instance.
             Normalisation comes after it.
         root: the folder with train/, val/ and test/.
-        label: 'breed' (breeds.h5), 'species' (binary.h5) or 'auto': the breed if there is a breeds.h5.
         jitter: strength of `colour_jitter` after the transform, in [0, 1).
 
     Attributes:
@@ -160,12 +159,10 @@ class MTLDataset(Dataset):
     meantime the files may be replaced by ones of the same preparation, as data_rechunk.py does.
     """
 
-    def __init__(self, type='train', transform=None, root='datasets/data_new', label='auto', jitter=0):
-        if label not in ('auto', 'breed', 'species'):
-            raise ValueError(f"label is '{label}'; expected 'auto', 'breed' or 'species'")
+    def __init__(self, type='train', transform=None, root='datasets/data_new', jitter=0):
         self.folder = Path(root) / type
         self.transform, self.jitter = transform, jitter
-        self.split = read_split(self.folder, label)
+        self.split = read_split(self.folder)
         self._readers, self._pid = {}, None
 
     def __len__(self):

@@ -35,7 +35,7 @@ from support.cli import InputError, file_to_write, folder_to_write, one_line, ru
 from support.device import keep_freed_memory
 from support.files import write_file
 from support.hdf5 import MASK_UNKNOWN
-from support.images import IMAGE_SUFFIXES, on_white, read_photograph
+from support.images import find_images, on_white, read_photograph
 from support.report import new_figure
 
 PREDICTED, TARGET = '#ff3b30', '#34c759'  # red and green
@@ -156,23 +156,16 @@ def find_photographs(arguments, written):
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            folder, paths = path, path.rglob('*')
+            folder, pattern = path, None
         elif not os.path.lexists(path) and glob.has_magic(argument):
-            folder = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-            paths = map(Path, glob.glob(argument, recursive=True))
+            folder, pattern = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts)), argument
         else:
             found.append(Photograph(path, path.stem))
             continue
-        files = sorted(file for file in paths if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        files = [
-            file
-            for file in files
-            if not any(part.startswith('.') for part in file.relative_to(folder).parts)  # such as ._cat.jpg of macOS
-            and not left_out & {file.resolve(), *file.resolve().parents} - {folder.resolve(), *folder.resolve().parents}
-        ]
-        if not files:
-            raise InputError(f'{argument}: finds no file that ends in {", ".join(IMAGE_SUFFIXES)}')
-        found += [Photograph(file, str(file.relative_to(folder).with_suffix(''))) for file in files]
+        outside = {folder.resolve(), *folder.resolve().parents}
+        for file in find_images(folder, pattern):
+            if not left_out & {file.resolve(), *file.resolve().parents} - outside:
+                found.append(Photograph(file, str(file.relative_to(folder).with_suffix(''))))
     count = Counter(photograph.name for photograph in found)
     return [
         Photograph(path, name if count[name] == 1 else name + path.suffix)  # cat.jpg and cat.png

@@ -1,5 +1,6 @@
 """Images from elsewhere: any file that can be decoded, as viewers show it. Imports no torch."""
 
+import glob
 import io
 import os
 import warnings
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageCms
 from PIL.JpegImagePlugin import JpegImageFile
 
-from support.cli import reason
+from support.cli import InputError, reason
 
 try:
     import pillow_heif
@@ -84,6 +85,19 @@ def read_photograph(source):
             if len(pixels) == len(data):
                 raise
             return to_srgb(decode(pixels))
+
+
+def find_images(folder, pattern=None, suffixes=IMAGE_SUFFIXES):
+    """The files below `folder`, to any depth, that end in one of `suffixes` and fit `pattern` (of glob), sorted.
+
+    Without what is hidden, such as ._cat.jpg of macOS. Raises InputError for none.
+    """
+    paths = map(Path, glob.glob(pattern, recursive=True)) if pattern else folder.rglob('*')
+    chosen = [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
+    found = [path for path in chosen if not any(part[0] == '.' for part in path.relative_to(folder).parts)]
+    if not found:
+        raise InputError(f'{pattern or folder}: finds no file that ends in {", ".join(suffixes)}')
+    return sorted(found)
 
 
 def decode(data):

@@ -19,7 +19,7 @@ from support import synthetic_pets
 from support.cli import InputError, are_names, one_line, reason
 from support.files import require_file
 from support.hdf5 import MASK_UNKNOWN
-from support.images import IMAGE_SUFFIXES, UnreadableFile, on_white, open_image, read_photograph, to_srgb
+from support.images import IMAGE_SUFFIXES, UnreadableFile, find_images, on_white, open_image, read_photograph, to_srgb
 from support.splits import SPECIES
 
 BORDER = {'pet': 1, 'background': 0, 'ignore': MASK_UNKNOWN}
@@ -310,23 +310,15 @@ class OwnImages(Photographs):
 
 
 def find_named(folder, suffixes):
-    """{path below `folder` without suffix: Path} of the files with one of `suffixes`, searched to any depth, sorted.
-
-    Without hidden ones. Raises InputError for a folder without any and for names that are there twice.
-    """
+    """{path below `folder` without suffix: Path} of `find_images`; raises InputError for names that are there twice."""
     folder, found = Path(folder), {}
-    for path in sorted(folder.rglob('*')):
-        inner = path.relative_to(folder)
-        if path.suffix.lower() not in suffixes or any(part[0] == '.' for part in inner.parts) or not path.is_file():
-            continue
-        name = inner.with_suffix('').as_posix()
+    for path in find_images(folder, suffixes=suffixes):
+        name = path.relative_to(folder).with_suffix('').as_posix()
         if name in found:
             raise InputError(f'{path}: has the same name as {found[name].name}; rename one of them')
         if not name.isprintable() or len(name) > 200:
             raise InputError(f'{path}: its name is too long or cannot be printed; rename it')
         found[name] = path
-    if not found:
-        raise InputError(f'{folder}: finds no file that ends in {", ".join(suffixes)}')
     return found
 
 

@@ -27,17 +27,16 @@ class Split(NamedTuple):
     fingerprints: dict  # {stem: `hdf5.fingerprint`}, to notice files that are replaced by others
 
 
-def read_split(folder, label='auto'):
+def read_split(folder):
     """The Split in `folder`.
 
-    `label` is 'breed' (breeds.h5), 'species' (binary.h5) or 'auto': the breed if there is a breeds.h5. Raises
-    InputError for files that are missing, damaged, not rechunked or of different preparations, and for labels
-    and boxes that cannot be.
+    The class is the breed if there is a breeds.h5, else the species. Raises InputError for files that are missing,
+    damaged, not rechunked or of different preparations, and for labels and boxes that cannot be.
     """
     folder, tables, fingerprints, preparations = Path(folder), {}, {}, {}
     for stem in SHAPES:
         path = folder / f'{stem}.h5'
-        if stem in OPTIONAL and label != 'breed' and not path.exists():
+        if stem in OPTIONAL and not path.exists():
             continue
         with reading_h5(path) as file:
             dataset = find_rechunked(file, path)
@@ -55,7 +54,7 @@ def read_split(folder, label='auto'):
     check_same(folder, 'preparations', preparations)
     species = check_labels(folder / 'binary.h5', tables['binary'], len(SPECIES))
     labels, class_names = species, list(SPECIES)
-    if 'breeds' in tables and label != 'species':
+    if 'breeds' in tables:
         class_names = check_class_names(folder / 'breeds.h5', breed_names)
         labels = check_labels(folder / 'breeds.h5', tables['breeds'], len(class_names))
     image_size = shapes['images'][1:3]
