@@ -28,7 +28,7 @@ def save_last(folder, content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with replacing(folder / 'last.pt') as part:
-        part.write_bytes(buffer.getbuffer())
+        part.write_bytes(buffer.getvalue())
         sync(part)
         # Before the new last.pt is there: killed in between, the folder must not look like a finished run.
         (folder / 'metrics.json').unlink(missing_ok=True)

@@ -63,7 +63,7 @@ def write_file(path, save):
     content = io.BytesIO()  # in memory first, because each library fails in its own way on a full disk
     save(content)
     with replacing(path) as part:
-        part.write_bytes(content.getbuffer())
+        part.write_bytes(content.getvalue())
 
 
 @contextmanager
