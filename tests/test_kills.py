@@ -109,7 +109,7 @@ class Rechunk(Script):
         super().__init__(scratch)
         self.arguments = '--data', self.work
         self.original, self.values = scratch / 'original', {}
-        data_prepare.main(['--limit', '100', '--size', '64', '--out', str(self.original)])
+        data_prepare.main(['--limit', '200', '--size', '64', '--out', str(self.original)])
         for path in self.original.rglob('*.h5'):
             with h5py.File(path) as file:
                 values = file[path.stem][()]
