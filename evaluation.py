@@ -16,6 +16,8 @@ from models import FlipAveraged, Outputs
 from support.distributed import all_gather
 from utils import METRICS, POOLED, TASKS, MeanLosses, class_details, mask_details, task_losses
 
+FEWEST_LABELS = 50  # to fit a temperature to
+
 
 def to_device(batch, device):
     batch = Sample(*(tensor.to(device, non_blocking=True) for tensor in batch))
@@ -133,13 +135,13 @@ def fit_temperature(logits, label):
 def calibrate(model, dataset, device, **options):
     """Divide the class logits of `model` by their `fit_temperature` on an MTLDataset or a Subset; returns it.
 
-    None, and nothing is changed, without the task or its labels. `options` of `score`.
+    None, and nothing is changed, for fewer than FEWEST_LABELS samples with a label. `options` of `score`.
     """
     if 'class' not in model.tasks:
         return None
     values, _ = score(model, dataset, device, **options)
     known = ~np.isnan(values['label']) if 'label' in values else np.zeros(0, bool)
-    if not known.any():
+    if known.sum() < FEWEST_LABELS:
         return None
     temperature = fit_temperature(values['logits'][known], values['label'][known])
     model.class_head.divide_logits(temperature)

@@ -194,28 +194,30 @@ def refuse_to_overwrite(photographs, args):
 def look_at_photographs(model, photographs, args):
     """Predict photographs from disk and write what `args` asks for; one that cannot be read stops no other."""
     rows, records = [], []
-    # A bar if it takes longer than two seconds.
-    for photograph in tqdm(photographs, unit='photograph', delay=2, leave=False, disable=None):
-        try:
-            image = read_photograph(photograph.path)
-            prediction = predict(model, image, flip=args.flip)  # on a CPU, batches are no faster
-        except Exception as error:  # whatever it is, it is of this photograph
-            name = '' if str(photograph.path) in str(error) else f'{photograph.path}: '
-            tqdm.write(one_line(f'error: {name}{str(error) or type(error).__name__}'), file=sys.stderr)
-            continue
-        records.append(json.dumps(as_json(photograph.path, image.size, prediction)))
-        line = records[-1] if args.json == '-' else one_line(f'{photograph.path}: {describe(prediction)}')
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-        if args.save_masks:
-            save_png(Image.fromarray(prediction.mask).convert('L'), photograph.output(args.save_masks, 'mask'))
-        if args.cutouts:
-            save_png(cutout(image, prediction), photograph.output(args.cutouts, 'cutout'))
-        if len(records) <= DRAWN:
-            rows.append(photograph_row(on_white(image), prediction))
+    try:
+        # A bar if it takes longer than two seconds.
+        for photograph in tqdm(photographs, unit='photograph', delay=2, leave=False, disable=None):
+            try:
+                image = read_photograph(photograph.path)
+                prediction = predict(model, image, flip=args.flip)  # on a CPU, batches are no faster
+            except Exception as error:  # whatever it is, it is of this photograph
+                name = '' if str(photograph.path) in str(error) else f'{photograph.path}: '
+                tqdm.write(one_line(f'error: {name}{str(error) or type(error).__name__}'), file=sys.stderr)
+                continue
+            records.append(json.dumps(as_json(photograph.path, image.size, prediction)))
+            line = records[-1] if args.json == '-' else one_line(f'{photograph.path}: {describe(prediction)}')
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+            if args.save_masks:
+                save_png(Image.fromarray(prediction.mask).convert('L'), photograph.output(args.save_masks, 'mask'))
+            if args.cutouts:
+                save_png(cutout(image, prediction), photograph.output(args.cutouts, 'cutout'))
+            if len(records) <= DRAWN:
+                rows.append(photograph_row(on_white(image), prediction))
+    finally:  # what was found is kept, whatever ends the run
+        if args.json and args.json != '-':
+            write_file(args.json, lambda file: file.writelines(f'{record}\n'.encode() for record in records))
     seen = len(records)
-    if args.json and args.json != '-':
-        write_file(args.json, lambda file: file.writelines(f'{record}\n'.encode() for record in records))
     if rows:
         save_picture(rows, args.out)
         drawn = f'the first {DRAWN} of {seen}' if seen > DRAWN else seen

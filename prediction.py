@@ -21,13 +21,14 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from dataloader_mtl import normalise
 from models import FlipAveraged, load_model
 from support.cli import InputError
-from support.images import UnreadableFile, on_white, read_photograph, to_srgb, upright
+from support.images import UnreadableFile, on_white, read_photograph, reading, to_srgb, upright
 from support.splits import SPECIES
 from utils import likeliest_species
 
 __all__ = ['Prediction', 'UnreadableFile', 'cutout', 'load_model', 'predict']
 
 LIKELIEST = 5  # breeds of a Prediction
+FILES = str, os.PathLike, bytes, bytearray, memoryview  # paths and contents
 
 
 class Prediction(NamedTuple):
@@ -69,7 +70,7 @@ def predict(model, images, flip=False, batch_size=4, device=None):
     if device is not None:
         model.to(device)
     network = FlipAveraged(model) if flip else model
-    if isinstance(images, (str, os.PathLike, bytes, Image.Image, np.ndarray, torch.Tensor)) or hasattr(images, 'read'):
+    if isinstance(images, (*FILES, Image.Image, np.ndarray, torch.Tensor)) or hasattr(images, 'read'):
         return next(iterate(network, model, [images], 1))
     if not isinstance(images, Iterable) or isinstance(images, (dict, set)):
         refuse(images)
@@ -99,10 +100,11 @@ def iterate(network, model, images, batch_size):
 
 def to_image(image):
     """An image as `predict` takes it -> a PIL image, upright and in sRGB, RGB or RGBA."""
-    if isinstance(image, (str, os.PathLike, bytes)) or hasattr(image, 'read'):
+    if isinstance(image, FILES) or hasattr(image, 'read'):
         return read_photograph(image)
     if isinstance(image, Image.Image) and all(image.size):
-        return to_srgb(upright(image))
+        with reading('a PIL image'):
+            return to_srgb(upright(image))
     if isinstance(image, torch.Tensor) and image.ndim == 3 and len(image) == 3 and image.dtype == torch.uint8:
         image = image.permute(1, 2, 0).cpu().numpy()
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:

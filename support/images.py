@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from support.cli import InputError, reason
@@ -44,6 +44,8 @@ def reading(name):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about files that can be read: very large, damaged EXIF
             yield
+    except UnidentifiedImageError:
+        raise UnreadableFile(f'{name}: not an image of a known kind ({", ".join(IMAGE_FORMATS)})') from None
     except Exception as error:  # damaged files make Pillow's decoders raise errors of any type
         raise UnreadableFile(f'{name}: {reason(error)}') from None
 
@@ -74,8 +76,16 @@ def read_photograph(source):
     with reading(name):
         if isinstance(source, (str, os.PathLike)):
             data = Path(source).read_bytes()
+        elif isinstance(source, (bytes, bytearray, memoryview)):
+            data = bytes(source)
         else:
-            data = source if isinstance(source, bytes) else source.read()
+            if source.seekable():
+                source.seek(0)  # it may have been read before
+            data = source.read()
+        if isinstance(data, str):
+            raise ValueError('a file opened as text; open it as binary')
+        if not data:
+            raise ValueError('is empty')
         if pillow_heif is None and data[4:8] == b'ftyp' and data[8:12] in HEIF_BRANDS:
             raise ValueError('an HEIC or HEIF photograph; to read it, pip install pillow-heif')
         try:

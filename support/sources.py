@@ -6,6 +6,7 @@ whose masks are all background.
 """
 
 import csv
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -225,11 +226,17 @@ class OwnImages(Photographs):
         self.class_names = self.class_names or list(SPECIES)
 
     def _known(self, found, where, what):
-        """The entries of {name: ...} that have an image; prints the names of the others."""
+        """The entries of {name: ...} that have an image; prints the names of the others. Raises InputError for none."""
         lost = sorted(set(found) - set(self.images))
+        if len(lost) == len(found):
+            example = f'{next(iter(lost), "no name")} and {next(iter(self.images))}'
+            raise InputError(
+                f'{where}: none of the {len(found)} {what} has the name of an image ({example}); it is the path below '
+                'the folder, without suffix'
+            )
         if lost:
             listed = ', '.join(lost[:10]) + (', ...' if len(lost) > 10 else '')
-            print(one_line(f'{where}: {len(lost)} {what} without an image ({listed})'))
+            print(one_line(f'{where}: {what} without an image: {len(lost)} ({listed})'))
         return {name: value for name, value in found.items() if name in self.images}
 
     def _find_mask_values(self, folder, border):
@@ -244,6 +251,8 @@ class OwnImages(Photographs):
                 continue
             found.update(values)
             example.update({value: path for value in values if value not in example})
+        if not self.masks:
+            raise InputError(f'{folder}: none of its masks can be used (see the warnings above)')
         stored = np.full(256, MASK_UNKNOWN, np.uint8)
         if found <= {0, 255}:
             stored[0], stored[255] = 0, 1
@@ -268,7 +277,10 @@ class OwnImages(Photographs):
             raise InputError(f'{path}: not a CSV file in UTF-8 ({reason(error)})') from None
         header = [column.strip().lower() for column in lines[0]] if lines else []
         if 'image' not in header or len(set(header)) < len(header):
-            raise InputError(f"{path}: its first line is {header}; expected a column 'image', and each column once")
+            hint = '; save it with commas' if re.search('[;\t]', ''.join(header)) else ''
+            raise InputError(
+                f"{path}: its first line is {header}; expected a column 'image', and each column once{hint}"
+            )
         unused = [column for column in header if column not in LABEL_COLUMNS]
         if unused:
             print(one_line(f'{path}: columns that are not used: {", ".join(unused)}'))
@@ -306,7 +318,10 @@ class OwnImages(Photographs):
         return np.asarray(Image.fromarray(values).resize((size, size), Image.Resampling.NEAREST))[..., None]
 
     def _read_box(self, name, size, extent):
-        return scaled_box(f'box of {name}', self.rows[name]['box'], extent, size)
+        box = self.rows[name]['box']
+        if min(box) < -1 or any(high > side + 1 for high, side in zip(box[2:], extent)):  # a pixel is rounding
+            raise UnreadableFile(f'box of {name}: {box} reaches outside its image of {extent[0]} x {extent[1]}')
+        return scaled_box(f'box of {name}', box, extent, size)
 
 
 def find_named(folder, suffixes):

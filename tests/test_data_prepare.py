@@ -390,7 +390,7 @@ POSTSCRIPT = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 80 60\n%%EndComments\
     'spoil, message',
     [
         (lambda path: Image.new('L', (160, 120)).save(path), 'exceeds limit'),
-        (lambda path: path.write_bytes(POSTSCRIPT), 'cannot identify image file'),
+        (lambda path: path.write_bytes(POSTSCRIPT), 'not an image of a known kind'),
         (os.mkfifo, 'is not a file'),  # waited for, it would never end
         (os.mkdir, 'is not a file'),
         (lambda path: path.symlink_to('/dev/zero'), 'is not a file'),

@@ -146,12 +146,14 @@ def test_tasks_without_labels_have_no_test_metrics(data):
     assert evaluation.calibrate(model, splits['test'], CPU) is None
 
 
-def test_calibration_divides_the_logits_and_changes_no_prediction(shared_data):
+def test_calibration_divides_the_logits_and_changes_no_prediction(shared_data, monkeypatch):
     part = Subset(MTLDataset('test', root=shared_data), range(8))
     model = MTLNet(n_classes=8)
     with torch.no_grad():
         model.class_head.logits.weight.mul_(50)
     before, _ = evaluation.score(model, part, CPU)
+    assert evaluation.calibrate(model, part, CPU) is None  # too few
+    monkeypatch.setattr(evaluation, 'FEWEST_LABELS', 8)
     temperature = evaluation.calibrate(model, part, CPU)
     after, _ = evaluation.score(model, part, CPU)
     assert temperature != 1 and after['logits'] == pytest.approx(before['logits'] / temperature, rel=1e-4)

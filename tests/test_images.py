@@ -90,11 +90,20 @@ def test_a_jpeg_of_many_pixels_is_read_at_a_reduced_size(monkeypatch):
     assert read_photograph(encoded(Image.new('RGB', (100, 100)), 'JPEG')).size == (100, 100)
 
 
-@pytest.mark.parametrize('source', [bytes, io.BytesIO])
-def test_bytes_and_binary_files_are_read(source):
-    assert np.array_equal(read_photograph(source(PNG)), NOISE)
-    with pytest.raises(UnreadableFile, match='an image in memory: '):
+@pytest.mark.parametrize('source', [bytes, bytearray, memoryview, io.BytesIO])
+def test_bytes_and_binary_files_are_read_also_again(source):
+    given = source(PNG)
+    for _ in range(2):
+        assert np.array_equal(read_photograph(given), NOISE)
+    with pytest.raises(UnreadableFile, match='an image in memory: not an image of a known kind .JPEG, PNG, '):
         read_photograph(source(b'no image'))
+    with pytest.raises(UnreadableFile, match='an image in memory: is empty'):
+        read_photograph(source(b''))
+
+
+def test_a_file_opened_as_text_is_told():
+    with pytest.raises(UnreadableFile, match='a file opened as text; open it as binary'):
+        read_photograph(io.StringIO('text'))
 
 
 # ---- modes

@@ -221,6 +221,15 @@ def test_whatever_goes_wrong_in_one_photograph_is_its_line(model_path, tmp_path,
     assert json.loads((tmp_path / 'a.jsonl').read_text())['file'] == str(two)
 
 
+def test_what_was_found_is_kept_if_an_output_cannot_be_written(model_path, tmp_path, error_line):
+    one, two = photograph(tmp_path / '1.png'), photograph(tmp_path / '2.png')
+    (tmp_path / 'cutouts' / '2_cutout.png').mkdir(parents=True)
+    options = '--model', model_path, '--out', tmp_path / 'out.png', '--cutouts', tmp_path / 'cutouts'
+    assert '2_cutout.png: is not a file' in error_line(main, *options, '--json', tmp_path / 'a.jsonl', one, two)
+    files = [json.loads(line)['file'] for line in (tmp_path / 'a.jsonl').read_text().splitlines()]
+    assert files == [str(one), str(two)]
+
+
 def test_same_names_keep_their_suffix(model_path, tmp_path):
     for name in 'cat.png', 'cat.jpg', 'dog.png':
         photograph(tmp_path / name, size=(20, 16))

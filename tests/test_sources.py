@@ -91,7 +91,7 @@ def test_labels_are_those_of_the_csv_and_what_is_missing_is_unknown(own, tmp_pat
     prepare(options, tmp_path / 'out')
     output = capsys.readouterr().out
     assert 'labels.csv: columns that are not used: note' in output
-    assert 'labels.csv: 1 labels without an image (gone)' in output
+    assert 'labels.csv: labels without an image: 1 (gone)' in output
     found = read_all(tmp_path / 'out', 'breeds')
     assert [found[f'a/{number}'].item() for number in range(4)] == [1, 0, -1, -1]
     boxes = read_all(tmp_path / 'out', 'bboxes')
@@ -121,7 +121,7 @@ def test_masks_that_do_not_fit_are_named_and_unknown(own, tmp_path, capsys):
     Image.new('L', (40, 30)).save(tmp_path / 'masks' / 'other.png')
     prepare(options, tmp_path / 'out')
     output = capsys.readouterr()
-    assert 'masks: 1 masks without an image (other)' in output.out and 'left out: 3 ' in output.out
+    assert 'masks: masks without an image: 1 (other)' in output.out and 'left out: 3 ' in output.out
     assert '0.png: is 30 x 40 and its image 40 x 30' in output.err and '2.png: holds colours' in output.err
     unknown = [name for name, values in read_all(tmp_path / 'out', 'masks').items() if (values == 255).all()]
     assert sorted(unknown) == ['a/0', 'a/1', 'a/2']
@@ -135,11 +135,29 @@ def test_masks_that_do_not_fit_are_named_and_unknown(own, tmp_path, capsys):
         ('image,species\na/0,bird\n', "line 2: species 'bird'; expected cat, dog or nothing"),
         ('image,xmin,ymin,xmax,ymax\na/0,1,2,3,\n', 'line 2: the box .* is not four numbers in pixels, or nothing'),
         ('image,xmin\na/0,1\n', 'line 2: the box .* is not four numbers'),
+        ('image;class\na/0;pear\n', 'each column once; save it with commas'),
+        ('image,class\n0,pear\n', 'none of the 1 labels has the name of an image .0 and a/0.; it is the path below'),
     ],
 )
 def test_labels_that_cannot_be_told_are_one_line(own, tmp_path, error_line, labels, message):
     assert re.search(message, error_line(main, *own(labels=labels), '--out', tmp_path / 'out'))
     assert not (tmp_path / 'out').exists()
+
+
+def test_masks_of_other_names_and_without_one_that_can_be_read_are_refused(own, tmp_path, error_line):
+    options = own(count=1, mask=mask_of('L', 0, 1))
+    (tmp_path / 'masks' / 'a' / '0.png').write_text('no image')
+    assert 'masks: none of its masks can be used' in error_line(main, *options)
+    (tmp_path / 'masks' / 'a' / '0.png').rename(tmp_path / 'masks' / 'a' / '0_mask.png')
+    line = error_line(main, *options)
+    assert 'none of the 1 masks has the name of an image (a/0_mask and a/0)' in line
+
+
+def test_a_box_outside_its_image_is_named_and_unknown(own, tmp_path, capsys):
+    prepare(own(labels='image,xmin,ymin,xmax,ymax\na/0,10,10,90,30\na/1,0,0,40.5,30\n'), tmp_path / 'out')
+    assert 'box of a/0: [10.0, 10.0, 90.0, 30.0] reaches outside its image of 40 x 30' in capsys.readouterr().err
+    boxes = read_all(tmp_path / 'out', 'bboxes')
+    assert np.isnan(boxes['a/0']).all() and boxes['a/1'].tolist() == [0, 0, 64, 64]
 
 
 def test_other_values_of_masks_are_listed(own, tmp_path, error_line):
