@@ -98,7 +98,9 @@ def test_imports_run_one_way():
         assert not any(other.split('.')[0] in ('torch', 'torchvision') for other in imports_of(name)), name
     assert not imports_of('support.cli') & set(SOURCES)
     for name in 'mtl_vis', 'prediction', 'export_onnx':
-        assert not imports_of(name) & {'engine', 'evaluation', 'data_prepare', 'data_rechunk'}, name
+        assert not imports_of(name) & {'engine', 'data_prepare', 'data_rechunk'}, name
+    for name in 'mtl_vis', 'prediction':  # export_onnx.py --test compares the file with the model on a test split
+        assert 'evaluation' not in imports_of(name)
 
 
 def test_there_is_one_training_loop():
