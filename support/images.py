@@ -69,21 +69,11 @@ def read_photograph(source):
 
     Damaged metadata is passed over, and of a JPEG without its end what is there is read. Raises UnreadableFile.
     """
-    name = 'an image in memory'
-    if isinstance(source, (str, os.PathLike)):
+    is_path = isinstance(source, (str, os.PathLike))
+    if is_path:
         check_file(source)
-        name = source
-    with reading(name):
-        if isinstance(source, (str, os.PathLike)):
-            data = Path(source).read_bytes()
-        elif isinstance(source, (bytes, bytearray, memoryview)):
-            data = bytes(source)
-        else:
-            if source.seekable():
-                source.seek(0)  # it may have been read before
-            data = source.read()
-        if isinstance(data, str):
-            raise ValueError('a file opened as text; open it as binary')
+    with reading(source if is_path else 'an image in memory'):
+        data = Path(source).read_bytes() if is_path else read_memory(source)
         if not data:
             raise ValueError('is empty')
         if pillow_heif is None and data[4:8] == b'ftyp' and data[8:12] in HEIF_BRANDS:
@@ -95,6 +85,18 @@ def read_photograph(source):
             if len(pixels) == len(data):
                 raise
             return to_srgb(decode(pixels))
+
+
+def read_memory(source):
+    """The bytes of a bytes-like object or a binary file, all of it; raises ValueError for a file opened as text."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if source.seekable():
+        source.seek(0)  # it may have been read before
+    data = source.read()
+    if isinstance(data, str):
+        raise ValueError('a file opened as text; open it as binary')
+    return data
 
 
 def find_images(folder, pattern=None, suffixes=IMAGE_SUFFIXES):
