@@ -71,6 +71,73 @@ def colour_jitter(images, strength):
     return torch.baddbmm(offset, matrix, images.flatten(2)).view_as(images)
 
 
+def poor_light(images, share):
+    """(N, 3, H, W) float 0-1 -> the same, a random share of them dark, blurred and noisy, as at dusk.
+
+    To 0.2 to 1 of the brightness; as enlarged from 1 / 3 of the size or more; with Gaussian noise of up to 0.05.
+    """
+    size, images = images.shape[-2:], images.clone()
+    for row in torch.nonzero(torch.rand(len(images)) < share).flatten().tolist():
+        light, sharpness, noise = torch.rand(3).tolist()
+        smaller = [round(side * (1 + 2 * sharpness) / 3) for side in size]
+        image = F.interpolate(images[row : row + 1], smaller, mode='bilinear', antialias=True)
+        image = F.interpolate(image, size, mode='bilinear')[0] * (0.2 + 0.8 * light)
+        images[row] = image + 0.05 * noise * torch.randn_like(image)
+    return images
+
+
+def fill_in(images, keep):
+    """Images (N, 3, H, W) with the pixels where `keep` (N, 1, H, W) is 0 filled in smoothly from those around.
+
+    `keep` is float, 0 to 1. From ever coarser means of the pixels kept (pull-push: Gortler et al., SIGGRAPH 1996).
+    """
+    if min(images.shape[-2:]) > 1:
+        shares = F.avg_pool2d(keep, 2, ceil_mode=True)
+        means = F.avg_pool2d(images * keep, 2, ceil_mode=True) / shares.clamp(min=1e-6)
+        coarse = fill_in(means, (shares > 0).float())
+        filled = F.interpolate(coarse, size=images.shape[-2:], mode='bilinear')
+        images = torch.lerp(filled, images, keep)
+    return images
+
+
+def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
+    """Move the pets of a random share of the images, smaller, to the backgrounds of other images of the batch.
+
+    Crops only make a pet larger, and photographs of pets show them large and in the middle. A pet is cut out by its
+    mask and placed anywhere (copy and paste: Ghiasi et al., CVPR 2021); the other's own pet is removed by `fill_in`.
+
+    Args:
+        images: (N, 3, H, W) float 0-1.
+        boxes: (N, 4) in [0, 1].
+        masks: (N, 1, H, W) uint8. Only images without unknown pixels are used.
+        share: of the images, 0 to 1.
+        scale: of the pet, smallest and largest.
+
+    Returns the three, changed, as copies.
+    """
+    height, width = images.shape[-2:]
+    known = (masks != MASK_UNKNOWN).all(dim=3).all(dim=2)[:, 0]
+    chosen = known & known.roll(-1) & (torch.rand(len(images)) < share)
+    new_images, new_boxes, new_masks = images.clone(), boxes.clone(), masks.clone()
+    for row in torch.nonzero(chosen).flatten().tolist():
+        other = (row + 1) % len(images)
+        shrink, x, y = torch.rand(3).tolist()
+        shrink = scale[0] + (scale[1] - scale[0]) * shrink
+        small = round(height * shrink), round(width * shrink)
+        top, left = round(y * (height - small[0])), round(x * (width - small[1]))
+        layers = torch.cat([images[row : row + 1], masks[row : row + 1]], dim=1)
+        *pet, alpha = F.interpolate(layers, small, mode='bilinear', antialias=True)[0]
+        canvas = fill_in(images[other : other + 1], 1 - masks[other : other + 1].float())[0]
+        window = (slice(None), slice(top, top + small[0]), slice(left, left + small[1]))
+        canvas[window] = torch.lerp(canvas[window], torch.stack(pet), alpha)
+        new_images[row] = canvas
+        new_masks[row] = 0
+        new_masks[row][window] = (alpha > 0.5).to(masks.dtype)
+        moved = boxes[row].view(2, 2) * torch.tensor([small[1] / width, small[0] / height])
+        new_boxes[row] = (moved + torch.tensor([left / width, top / height])).flatten()
+    return new_images, new_boxes, new_masks
+
+
 class RandomCropFlip:
     """The augmentation of training: a random crop, resized to (height, width), and a horizontal flip.
 
@@ -149,6 +216,7 @@ class MTLDataset(Dataset):
             Normalisation comes after it.
         root: the folder with train/, val/ and test/.
         jitter: strength of `colour_jitter` after the transform, in [0, 1).
+        far, dusk: shares of `zoom_out` and `poor_light` after that, 0 to 1.
 
     Attributes:
         folder: Path of the split.
@@ -159,9 +227,9 @@ class MTLDataset(Dataset):
     meantime the files may be replaced by ones of the same preparation, as data_rechunk.py does.
     """
 
-    def __init__(self, type='train', transform=None, root='datasets/data_new', jitter=0):
+    def __init__(self, type='train', transform=None, root='datasets/data_new', jitter=0, far=0, dusk=0):
         self.folder = Path(root) / type
-        self.transform, self.jitter = transform, jitter
+        self.transform, self.jitter, self.far, self.dusk = transform, jitter, far, dusk
         self.split = read_split(self.folder)
         self._readers, self._pid = {}, None
 
@@ -175,10 +243,12 @@ class MTLDataset(Dataset):
         images, boxes, masks = self.read(index)
         if self.transform is not None:
             images, boxes, masks = self.transform(images, boxes, masks)
-        if self.jitter:
+        boxes = self._relative(boxes, *images.shape[-2:])
+        if self.jitter or self.far or self.dusk:
             images = colour_jitter(images, self.jitter)
-        labels = torch.from_numpy(self.split.labels[index])
-        return Sample(normalise(images), self._relative(boxes, *images.shape[-2:]), labels, masks)
+            images, boxes, masks = zoom_out(images, boxes, masks, self.far)
+            images = poor_light(images, self.dusk)
+        return Sample(normalise(images), boxes, torch.from_numpy(self.split.labels[index]), masks)
 
     def read(self, indices):
         """As stored: images (N, 3, H, W), uint8 or float32 in [0, 1], boxes (N, 4) float32 in pixels and uint8

@@ -81,6 +81,8 @@ class Config:
     sizes: tuple = ((0.3, 3 / 8), (0.65, 1 / 2), (1, 3 / 4))  # see `training_size`
     crop: tuple = (0.25, 1.0)  # smallest and largest area of a crop, as a share of the image's
     jitter: float = 0.3  # see `colour_jitter`
+    far: float = 0.25  # share of the images, see `zoom_out`
+    dusk: float = 0.25  # share of the images, see `poor_light`
     muon: bool = True  # whether Muon trains the convolutions, or AdamW
     weight_decay: float = 0.05
     encoder_lr_share: float = 1
@@ -102,8 +104,8 @@ class Config:
         return cls(**{**options, **recipe, 'encoder_weights': weights})
 
 
-# What differs in the recipe for an encoder that has learned from other images: it trains at their size throughout.
-PRETRAINED = {'sizes': ((1, 3 / 4),), 'crop': (0.4, 1.0), 'muon': False, 'encoder_lr_share': 0.2}
+# What differs in the recipe for an encoder that has learned from other images.
+PRETRAINED = {'sizes': ((0.4, 1 / 2), (1, 3 / 4)), 'crop': (0.4, 1.0), 'muon': False, 'encoder_lr_share': 0.2}
 
 # On a CPU, loading takes little of a step.
 DEFAULT_WORKERS = {'cpu': 0, 'cuda': 4}
@@ -191,7 +193,8 @@ def train_one_epoch(run, before_step=lambda: None):
     """
     config, epoch, train_set = run.config, run.epoch, run.splits['train'].dataset
     size = training_size(epoch, config.epochs, train_set.split.image_size, config.sizes)
-    train_set.transform, train_set.jitter = RandomCropFlip(*size, config.crop), config.jitter
+    train_set.transform = RandomCropFlip(*size, config.crop)
+    train_set.jitter, train_set.far, train_set.dusk = config.jitter, config.far, config.dusk
     batches = run.draw(epoch)
     total_samples, done = batches.count(len(batches)), batches.count(run.steps)
     title = f'epoch {epoch}/{config.epochs}'
