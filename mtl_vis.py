@@ -1,6 +1,6 @@
 """Draw what a trained network sees, or write it to files.
 
-    python mtl_vis.py                               # some test pets, targets beside predictions
+    python mtl_vis.py                               # some test images, targets beside predictions
     python mtl_vis.py cat.jpg photos/ 'more/*.png'  # photographs: files, folders, patterns
     python mtl_vis.py photos/ --json pets.jsonl --cutouts cutouts --save-masks masks
 
@@ -40,6 +40,7 @@ from support.report import new_figure
 
 PREDICTED, TARGET = '#ff3b30', '#34c759'  # red and green
 PANEL = (256, 1600)  # pixels: the smallest and the largest longer side of a drawn photograph
+PANEL_OF_SEVERAL = (256, 640)
 DRAWN = 12  # photographs in the picture
 
 
@@ -86,10 +87,10 @@ def sample_row(model, dataset, index, flip):
     return [(title, enlarged(panel)) for title, panel in row]
 
 
-def photograph_row(photograph, prediction):
-    """A photograph and its predicted mask, at its own size unless that is outside PANEL."""
+def photograph_row(photograph, prediction, panel):
+    """A photograph and its predicted mask, at its own size unless that is outside `panel`."""
     longer = max(photograph.size)
-    scale = min(max(longer, PANEL[0]), PANEL[1]) / longer
+    scale = min(max(longer, panel[0]), panel[1]) / longer
     size = tuple(max(1, round(side * scale)) for side in photograph.size)
     pixels = pil_to_tensor(photograph.resize(size))
     bbox = prediction.bbox and tuple(coordinate * scale for coordinate in prediction.bbox)
@@ -122,16 +123,16 @@ def save_picture(rows, path):
         write_file(path, lambda file: figure.savefig(file, format='png', dpi=dpi))
 
 
-# ---- test pets
+# ---- test images
 
 
-def draw_test_pets(model, args):
-    """Draw test pets, of those with a mask if there are any."""
+def draw_test_images(model, args):
+    """Draw test images, of those with a mask if there are any."""
     dataset = MTLDataset('test', root=args.data)
     indices = dataset.with_labels(['mask']) or range(len(dataset))
     chosen = sorted(np.random.default_rng(args.seed).permutation(indices)[: args.count].tolist())
     save_picture([sample_row(model, dataset, index, args.flip) for index in chosen], args.out)
-    print(f'{args.out}: {len(chosen)} test pets; boxes: target green, prediction red')
+    print(f'{args.out}: {len(chosen)} test images; boxes: target green, prediction red')
 
 
 # ---- photographs
@@ -193,7 +194,8 @@ def refuse_to_overwrite(photographs, args):
 
 def look_at_photographs(model, photographs, args):
     """Predict photographs from disk and write what `args` asks for; one that cannot be read stops no other."""
-    rows, records = [], []
+    rows, records, panel = [], [], PANEL if len(photographs) == 1 else PANEL_OF_SEVERAL
+    folders = {'mask': args.save_masks, 'cutout': args.cutouts}
     try:
         # A bar if it takes longer than two seconds.
         for photograph in tqdm(photographs, unit='photograph', delay=2, leave=False, disable=None):
@@ -204,16 +206,18 @@ def look_at_photographs(model, photographs, args):
                 name = '' if str(photograph.path) in str(error) else f'{photograph.path}: '
                 tqdm.write(one_line(f'error: {name}{str(error) or type(error).__name__}'), file=sys.stderr)
                 continue
-            records.append(json.dumps(as_json(photograph.path, image.size, prediction)))
+            record = as_json(photograph.path, image.size, prediction)
+            files = {f'{kind}_file': photograph.output(folder, kind) for kind, folder in folders.items() if folder}
+            records.append(json.dumps(record | {key: str(path) for key, path in files.items()}))
             line = records[-1] if args.json == '-' else one_line(f'{photograph.path}: {describe(prediction)}')
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
             if args.save_masks:
-                save_png(Image.fromarray(prediction.mask).convert('L'), photograph.output(args.save_masks, 'mask'))
+                save_png(Image.fromarray(prediction.mask).convert('L'), files['mask_file'])
             if args.cutouts:
-                save_png(cutout(image, prediction), photograph.output(args.cutouts, 'cutout'))
+                save_png(cutout(image, prediction), files['cutout_file'])
             if len(records) <= DRAWN:
-                rows.append(photograph_row(on_white(image), prediction))
+                rows.append(photograph_row(on_white(image), prediction, panel))
     finally:  # what was found is kept, whatever ends the run
         if args.json and args.json != '-':
             write_file(args.json, lambda file: file.writelines(f'{record}\n'.encode() for record in records))
@@ -228,12 +232,12 @@ def look_at_photographs(model, photographs, args):
 
 
 def describe(prediction):
-    """'Bengal 87.3%, head 12 40 96 130, mask 34.5% of the picture'."""
+    """'Bengal 87.3%, box 12 40 96 130, mask 34.5% of the picture'."""
     parts = []
     if prediction.breed is not None:
         parts.append(f'{prediction.breed} {prediction.probability:.1%}')
     if prediction.bbox is not None:
-        parts.append('head ' + ' '.join(f'{coordinate:.0f}' for coordinate in prediction.bbox))
+        parts.append('box ' + ' '.join(f'{coordinate:.0f}' for coordinate in prediction.bbox))
     if prediction.mask is not None:
         parts.append(f'mask {prediction.mask.mean():.1%} of the picture')
     return ', '.join(parts)
@@ -263,16 +267,16 @@ def json_target(text):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('photographs', nargs='*', help='files, folders and patterns to look at (default: some test pets)')
+    add('photographs', nargs='*', help='files, folders and patterns to look at (default: some test images)')
     add('--model', default=MODEL, metavar='FILE', help='a model file (default: mtl_model.pt beside this script)')
     add(
         '--data',
         default='datasets/data_new',
         metavar='DIR',
-        help='folder of the splits with the test pets (default: %(default)s)',
+        help='folder of the splits with the test images (default: %(default)s)',
     )
-    add('--count', type=whole_number(1), default=6, help='how many test pets (default: %(default)s)')
-    add('--seed', type=whole_number(0), default=0, help='which test pets (default: %(default)s)')
+    add('--count', type=whole_number(1), default=6, help='how many test images (default: %(default)s)')
+    add('--seed', type=whole_number(0), default=0, help='which test images (default: %(default)s)')
     add('--flip', action='store_true', help='average with the mirror image: a better head box, in twice the time')
     add('--json', type=json_target, metavar='FILE', help='write a line of JSON for each photograph; -: print it')
     add('--save-masks', type=folder_to_write, metavar='DIR', help="write each photograph's mask as DIR/NAME_mask.png")
@@ -290,7 +294,7 @@ def main(argv=None):
     if photographs:
         look_at_photographs(model, photographs, args)
     else:
-        draw_test_pets(model, args)
+        draw_test_images(model, args)
 
 
 if __name__ == '__main__':

@@ -207,18 +207,19 @@ def mask_details(mask_logits, mask):
 def class_details(label_logits, label, class_species):
     """What was predicted for each sample whose label is known, each (K,) float64, and the logits (K, n_classes).
 
-    {'logits', 'label', 'predicted': classes, 'rank': of the label, 0 is the likeliest, 'confidence': the highest
-    probability, 'species', 'predicted_species': numbers in SPECIES, NaN for a class of unknown species}.
+    {'logits', 'label', 'predicted': classes, 'rank': of the label, 0 is the likeliest, NaN for 5 classes or fewer,
+    'confidence': the highest probability, 'species', 'predicted_species': numbers in SPECIES, NaN for a class without}.
     """
     rows = label_known(label)
     label, probabilities = label[rows], label_logits[rows].double().softmax(dim=1)
     numbers = [SPECIES.index(name) if name else math.nan for name in class_species]
     confidence, predicted = probabilities.max(dim=1)
+    rank = (probabilities > probabilities.gather(1, label[:, None])).sum(dim=1).double()
     return {
         'logits': label_logits[rows].double(),
         'label': label.double(),
         'predicted': predicted.double(),
-        'rank': (probabilities > probabilities.gather(1, label[:, None])).sum(dim=1).double(),
+        'rank': rank if probabilities.shape[1] > 5 else torch.full_like(rank, math.nan),
         'confidence': confidence,
         'species': torch.tensor(numbers, dtype=torch.float64, device=label.device)[label],
         'predicted_species': likeliest_species(probabilities, class_species)[0].double(),

@@ -7,9 +7,9 @@ Trains the original's network with the original's training and with ours (loss, 
 optimiser, schedule, moving average), smp's Unet with our training, and ours, only masks and all tasks, from scratch
 and with an ImageNet encoder. All have the same images, layout and threads, and bfloat16 where the CPU has it.
 
-A run is one full cycle of the learning rate, of as many steps as fit into --minutes: runs of three short epochs say
-how fast it is at each of its image sizes. Dice is that of evaluation.py on the validation split, --points times, at
-equal numbers of steps, and the clock stops meanwhile. The test split is not used.
+A run is one full cycle of the learning rate, of as many steps as fit into --minutes, which short runs tell. Dice is
+that of evaluation.py on the validation split, --points times, at equal numbers of steps, and the clock stops meanwhile.
+The test split is not used.
 
 A finished run is added to curves.csv in --out, the table and time_to_dice.png are made from what is there, and the
 same command again makes the runs that are missing; one --out for one machine, data, --minutes and commit.
@@ -65,13 +65,13 @@ def train_epoch(run):
 
 
 def steps_that_fit(contender, config, seconds):
-    """Steps of an epoch with which a run of `config.epochs` takes about `seconds`."""
+    """Steps of an epoch with which a run of `config.epochs` takes about `seconds`; runs of short epochs tell."""
     steps, spent = 1, 0
     while spent < seconds / 20:
+        run = make_run(contender, replace(config, steps=steps))
+        spent = sum(train_epoch(run) for _ in range(config.epochs))
         steps *= 2
-        run = make_run(contender, replace(config, steps=steps, epochs=len(Config.sizes)))
-        spent = sum(train_epoch(run) for _ in Config.sizes)
-    return max(1, round(seconds / (spent / len(Config.sizes) / steps) / config.epochs))
+    return max(1, round(steps / 2 * seconds / spent))
 
 
 def train_curve(contender, config, seconds):

@@ -5,8 +5,8 @@
 
 Trains MTLNet with the whole recipe, then without each of its parts, and with each candidate for it, from --seeds seeds.
 A run is one full cycle of the learning rate, of as many steps as fit into --minutes, so a part that makes steps faster
-is paid in steps. Each is in a process of its own, on one thread, and validated at ten points; its metrics are those of
-the point with the best validation Dice. The test split is not used.
+is paid in steps. Each is in a process of its own, on one thread, and validated at its end, also on small pets in poor
+light (see robustness.py). The test split is not used.
 
 A finished run is added to BASE.csv in --out, and the same command again makes the runs that are missing; one --out for
 one machine, data, --minutes and commit. The table has the mean differences to the whole recipe, seed by seed, with 95 %
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import common
 import pandas as pd
 import torch
+from robustness import COPIES
 from scipy import stats
 from time_to_dice import steps_that_fit, train_epoch
 from train_step import IMAGENET, Line, make_run
@@ -29,17 +30,18 @@ from train_step import IMAGENET, Line, make_run
 import engine
 import models
 import utils
+from dataloader_mtl import MTLDataset
 from engine import Config
 from evaluation import evaluate
 from models import MTLNet
 from support.cli import positive_number, run_script, whole_number
-from support.device import keep_freed_memory
+from support.device import keep_freed_memory, seed_everything
 from support.report import write_csv
 
 BASES = {'scratch': {}, 'imagenet': IMAGENET}
-METRICS = ('dice', 'accuracy', 'box_iou')
+METRICS = ('dice', 'accuracy', 'box_iou', 'hard_dice', 'hard_accuracy')
 COLUMNS = ('variant', 'seed', 'steps', *METRICS)
-POINTS = 10
+EPOCHS = 20  # of which the image sizes are shares
 WHOLE = 'the whole recipe'
 
 
@@ -90,6 +92,9 @@ VARIANTS = {
     'no moving average': Variant({'average': 1e-9}),
     'one image size': Variant({'sizes': ((1, 3 / 4),)}, bases=('scratch',)),
     'no colour jitter': Variant({'jitter': 0}),
+    'no small pets': Variant({'far': 0}),
+    'no poor light': Variant({'dusk': 0}),
+    'neither': Variant({'far': 0, 'dusk': 0}),
     'no label smoothing': Variant(change=no_smoothing),
     'L1 without GIoU': Variant(change=no_giou),
     'no residual shortcut': Variant(change=no_shortcut, bases=('scratch',)),
@@ -100,14 +105,15 @@ VARIANTS = {
     'float32': Variant({'bfloat16': False}),
     'freed memory not kept': Variant(keep_memory=False),
     'full size at the end': Variant({'sizes': (*Config.sizes[:-1], (0.85, 3 / 4), (1, 1))}, bases=('scratch',)),
-    'full size at the end, ImageNet': Variant({'sizes': ((0.8, 3 / 4), (1, 1))}, bases=('imagenet',)),
+    'one image size, ImageNet': Variant({'sizes': ((1, 3 / 4),)}, bases=('imagenet',)),
+    'full size at the end, ImageNet': Variant({'sizes': ((0.4, 1 / 2), (0.85, 3 / 4), (1, 1))}, bases=('imagenet',)),
     'milder crops': Variant({'crop': (0.4, 1.0)}, bases=('scratch',)),
     'wider decoder': Variant(change=wider_decoder, bases=('imagenet',)),
 }
 
 
 def train_variant(name, base, config, seconds, results):
-    """Put (steps of an epoch, {metric: value}) of the best of POINTS epochs into `results`."""
+    """Put (steps of an epoch, {metric: value}) into `results`."""
     variant = VARIANTS[name]
     torch.set_num_threads(1)
     if variant.keep_memory:
@@ -115,11 +121,15 @@ def train_variant(name, base, config, seconds, results):
     variant.change()
     line = Line(MTLNet, config=BASES[base] | variant.config)
     config = replace(config, steps=steps_that_fit(line, config, seconds))
-    run, found = make_run(line, config), []
+    run = make_run(line, config)
     for _ in range(config.epochs):
         train_epoch(run)
-        found.append(evaluate(run.average.module, run.splits['val'], run.device, bfloat16=run.bfloat16))
-    results.put((config.steps, max(found, key=lambda metrics: metrics['dice'])))
+    metrics, model = {}, run.average.module
+    for prefix, options in {'': {}, 'hard_': COPIES['small, in poor light']}.items():
+        seed_everything(0)
+        found = evaluate(model, MTLDataset('val', root=config.data, **options), run.device, bfloat16=run.bfloat16)
+        metrics |= {f'{prefix}{name}': value for name, value in found.items()}
+    results.put((config.steps, metrics))
 
 
 def read_rows(path):
@@ -161,7 +171,7 @@ def main(argv=None):
             for name in names:
                 if any((row['variant'], row['seed']) == (name, seed) for row in rows):
                     continue
-                config = Config(data, epochs=POINTS, seed=seed, device='cpu')
+                config = Config(data, epochs=EPOCHS, seed=seed, device='cpu')
                 results = context.SimpleQueue()
                 process = context.Process(
                     target=train_variant, args=(name, args.base, config, 60 * args.minutes, results)

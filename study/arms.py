@@ -17,7 +17,7 @@ EPOCHS, STEPS = 10, 100  # of every run: validations, and steps from one to the 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates
 FIRST_RATES = 2, 5  # the part of RATES that is tried first, see `results.search_rates`
 
-# The recipe of the training scripts, at the size of the images throughout, with milder augmentation, as the training is short,
+# The recipe of the training scripts, at the size of the images throughout, with milder augmentation for its length,
 # and in float32, so that all machines train alike.
 RECIPE = engine.Config(
     epochs=EPOCHS,

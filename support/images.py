@@ -4,7 +4,7 @@ import glob
 import io
 import os
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -81,10 +81,10 @@ def read_photograph(source):
         try:
             return to_srgb(upright(decode(data)))
         except Exception:
-            pixels = without_metadata(data)
-            if len(pixels) == len(data):
-                raise
-            return to_srgb(decode(pixels))
+            for kept in without_metadata(data, but_exif=True), without_metadata(data):
+                with suppress(Exception):
+                    return to_srgb(upright(decode(kept)))
+            raise
 
 
 def read_memory(source):
@@ -142,16 +142,18 @@ def significant_bits(data):
     return next((chunk[8] for kind, chunk in png_chunks(data) if kind == b'sBIT' and len(chunk) == 13), None)
 
 
-def without_metadata(data):
-    """The bytes of a PNG or JPEG without what is not needed for its pixels; of others, as they are."""
+def without_metadata(data, but_exif=False):
+    """The bytes of a PNG or JPEG without what is not needed for its pixels, but EXIF; of others, as they are."""
+    kinds, markers = ((b'tRNS', b'eXIf'), (0xE1,)) if but_exif else ((b'tRNS',), ())
     if data.startswith(b'\x89PNG'):
-        return data[:8] + b''.join(chunk for kind, chunk in png_chunks(data) if kind[:1].isupper() or kind == b'tRNS')
+        return data[:8] + b''.join(chunk for kind, chunk in png_chunks(data) if kind[:1].isupper() or kind in kinds)
     start, kept = 2, [b'\xff\xd8']
     while data.startswith(b'\xff\xd8') and data[start : start + 1] == b'\xff' and start + 4 <= len(data):
         marker, end = data[start + 1], start + 2 + int.from_bytes(data[start + 2 : start + 4], 'big')
         if marker == 0xDA:  # the pixels follow
             return b''.join(kept) + data[start:]
-        if not (0xE0 <= marker <= 0xED or marker in (0xEF, 0xFE)):  # APP0 to APP15 without Adobe's, and comments
+        # APP0 to APP15 without Adobe's, and comments, go.
+        if marker in markers or not (0xE0 <= marker <= 0xED or marker in (0xEF, 0xFE)):
             kept.append(data[start:end])
         start = end
     return data

@@ -23,13 +23,17 @@ from dataloader_mtl import (
     colour_jitter,
     count_known,
     draw_epoch,
+    fill_in,
     load_splits,
     normalise,
+    poor_light,
     split_batches,
     training_size,
+    zoom_out,
 )
 from support import synthetic_pets
 from support.cli import InputError
+from support.device import seed_everything
 
 pytestmark = pytest.mark.usefixtures('rechunk_in_this_process')
 
@@ -351,6 +355,61 @@ def test_colour_jitter_is_that_of_torchvision_for_each_image(shared_data):
         torch.testing.assert_close(changed, v2.functional.adjust_saturation(expected, saturation), atol=1e-4, rtol=1e-4)
     plain, changed = (MTLDataset('test', root=shared_data, jitter=jitter)[0][0] for jitter in (0, 0.3))
     assert not torch.allclose(plain, changed, atol=0.01)
+
+
+def red_squares():
+    """Four grey images of 64 x 64 with a red pet of 32 x 32 and its box; of the last the mask is unknown."""
+    images = torch.linspace(0.2, 0.8, 4)[:, None, None, None].expand(4, 3, 64, 64).clone()
+    masks = torch.zeros(4, 1, 64, 64, dtype=torch.uint8)
+    images[:, :, 16:48, 8:40], masks[:, :, 16:48, 8:40] = torch.tensor([1.0, 0, 0])[:, None, None], 1
+    masks[3] = 255
+    return images, torch.tensor([[8 / 64, 16 / 64, 40 / 64, 48 / 64]]).repeat(4, 1), masks
+
+
+def test_zoom_out_moves_a_smaller_pet_with_mask_and_box_to_the_background_of_the_next_image():
+    images, boxes, masks = red_squares()
+    seed_everything(0)
+    new_images, new_boxes, new_masks = zoom_out(images, boxes, masks, share=1, scale=(0.5, 0.5))
+    for row in 0, 1:
+        y, x = torch.nonzero(new_masks[row, 0]).T
+        assert (y.max() - y.min(), x.max() - x.min()) == (15, 15) and (new_masks[row] == 1).sum() == 16 * 16
+        left, top, right, bottom = (64 * new_boxes[row]).round().int().tolist()
+        assert (left, top, right, bottom) == (x.min(), y.min(), x.max() + 1, y.max() + 1)
+        red = torch.tensor([1.0, 0, 0])[:, None, None]
+        assert torch.allclose(new_images[row, :, y.min() + 1 : y.max(), x.min() + 1 : x.max()], red)
+        far = new_images[row].clone()  # the next image's own pet has gone
+        far[:, y.min() - 1 : y.max() + 2, x.min() - 1 : x.max() + 2] = images[row + 1, 0, 0, 0]
+        torch.testing.assert_close(far, images[row + 1, :, :1, :1].expand(3, 64, 64))
+    for new, old in zip((new_images, new_boxes, new_masks), (images, boxes, masks)):
+        assert torch.equal(new[2:], old[2:])  # its next image's mask is unknown, or its own
+
+
+def test_zoom_out_and_poor_light_change_a_share_of_the_images():
+    images, boxes, masks = (each[:1].repeat(400, *(each.ndim - 1) * [1]) for each in red_squares())
+    seed_everything(0)
+    changed = (zoom_out(images, boxes, masks, share=0.25)[2] != masks).flatten(1).any(dim=1)
+    assert 70 < changed.sum() < 130
+    found = poor_light(images, share=0.25)
+    changed = (found != images).flatten(1).any(dim=1)
+    assert 70 < changed.sum() < 130 and (found[changed].mean(dim=(1, 2, 3)) <= images.mean() + 0.01).all()
+    assert (found[changed].mean(dim=(1, 2, 3)) < images.mean() / 2).sum() > 10
+
+
+def test_what_fill_in_fills_in_comes_from_around():
+    images = torch.linspace(0, 1, 48).expand(1, 3, 48, 48).clone()
+    keep = torch.ones(1, 1, 48, 48)
+    keep[:, :, 10:30, 20:30] = 0
+    damaged = torch.where(keep > 0, images, 99.0)
+    found = fill_in(damaged, keep)
+    assert torch.equal(torch.where(keep > 0, found, images), images) and (found - images).abs().max() < 0.15
+    assert fill_in(images, torch.zeros_like(keep)).isfinite().all()
+
+
+def test_a_dataset_applies_far_and_dusk(shared_data):
+    plain = MTLDataset('train', root=shared_data)[[0, 1]]
+    far, dusk = (MTLDataset('train', root=shared_data, **{name: 1})[[0, 1]] for name in ('far', 'dusk'))
+    assert far.mask.sum() < plain.mask.sum() and torch.equal(dusk.mask, plain.mask)
+    assert dusk.image.mean() < plain.image.mean()
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])

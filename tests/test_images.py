@@ -73,6 +73,8 @@ def test_a_photograph_is_upright_also_if_other_tags_are_impossible(orientation):
     odd = exif[:8] + struct.pack('<H', 2) + exif[10:22] + struct.pack('<HHII', 0x829A, 5, 1, 1 << 30) + exif[22:]
     for content in exif, odd:
         assert np.array_equal(read_photograph(with_chunk(encoded(image, 'PNG'), (b'eXIf', content))), NOISE)
+    bomb = b'zTXt', b'key\0\0' + zlib.compress(bytes(70 << 20))  # the rest of the metadata goes, EXIF stays
+    assert np.array_equal(read_photograph(with_chunk(encoded(image, 'PNG'), (b'eXIf', exif), bomb)), NOISE)
 
 
 def test_a_jpeg_without_its_last_bytes_is_read():

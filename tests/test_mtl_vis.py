@@ -38,7 +38,7 @@ def write_model(path, network):
     return path
 
 
-# ---- test pets
+# ---- test images
 
 
 def colours(panel):
@@ -81,7 +81,7 @@ def test_photographs_give_a_line_each_and_a_picture(model_path, tmp_path, capsys
     second = photograph(tmp_path / 'two.jpg', (120, 330), 'L')
     run('--model', model_path, '--out', tmp_path / 'out.png', first, second)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f'{first}: ') and 'head ' in lines[0] and '% of the picture' in lines[0]
+    assert lines[0].startswith(f'{first}: ') and 'box ' in lines[0] and '% of the picture' in lines[0]
     assert lines[2] == f'{tmp_path / "out.png"}: 2 photographs'
     # Two panels beside each other, at the photographs' own sizes, one row for each photograph.
     assert Image.open(tmp_path / 'out.png').size == (2 * (300 + 44), 200 + 330 + 2 * 44)
@@ -152,7 +152,11 @@ def test_photographs_of_all_kinds_give_masks_cutouts_and_json_in_their_own_pixel
         mask, pet = (Image.open(tmp_path / f'{kind}s' / f'{name}_{kind}.png') for kind in ('mask', 'cutout'))
         assert mask.size == pet.size == sizes[name] and (mask.mode, pet.mode) == ('L', 'RGBA')
         assert np.array_equal(mask, expected.mask * 255)
-    # The large one is drawn smaller.
+        assert (record['mask_file'], record['cutout_file']) == (mask.filename, pet.filename)
+    # Large ones are drawn smaller, still smaller where there are several.
+    assert Image.open(tmp_path / 'out.png').size[0] == 2 * (640 + 44)
+    large = max(sizes, key=lambda name: max(sizes[name]))
+    run('--model', model_path, '--out', tmp_path / 'out.png', *(tmp_path / 'in').glob(f'{large}.*'))
     assert Image.open(tmp_path / 'out.png').size[0] == 2 * (1600 + 44)
 
 
