@@ -12,6 +12,7 @@ import loader
 import numpy as np
 import pytest
 import rechunk
+import robustness
 import time_to_dice
 import torch
 import train_step
@@ -22,7 +23,7 @@ import data_prepare
 import data_rechunk
 from dataloader_mtl import RandomCropFlip
 from engine import Config, train_one_epoch
-from models import UNet
+from models import UNet, load_model
 from support.cli import InputError
 from utils import WeightedLoss
 
@@ -210,3 +211,27 @@ def test_times_are_medians_over_the_seeds():
     *_, row = time_to_dice.make_rows(groups)
     assert row[:3] == ['masks', '0.003', '3'] and row[3:6] == ['2.0 (1.0-3.0)', '3.0 (2.0-3.0)', 'not reached']
     assert row[6:] == ['0.860 (0.850-0.900)', '48']
+
+
+# ---- robustness.py
+
+
+def test_four_images_are_in_one_and_each_comes_first_once():
+    images = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 8, 8) * 51
+    masks = (images[:, :1] > 60).to(torch.uint8)
+    new, boxes, new_masks = robustness.four_in_one(images, torch.full((4, 4), 4.0), masks)
+    assert new.shape == images.shape and torch.equal(boxes, torch.full((4, 4), 2.0))
+    for row in range(4):
+        quarters = [new[row, 0, y, x].item() for y in (1, 6) for x in (1, 6)]
+        assert quarters == pytest.approx([(row - back) % 4 * 0.2 for back in range(4)])
+    assert torch.equal(new_masks, (new[:, :1] > 0.3).to(torch.uint8))
+
+
+def test_robustness_is_that_of_the_split_and_of_changed_copies(shared_data, model_path, capsys):
+    found = robustness.robustness(load_model(model_path), shared_data, 'val')
+    assert found.keys() == robustness.COPIES.keys() and found['four in one'].keys() == {'Dice'}
+    assert len({columns['Dice'].mean() for columns in found.values()}) == len(found)
+    again = robustness.robustness(load_model(model_path), shared_data, 'val')
+    assert all(np.array_equal(found[name]['Dice'], again[name]['Dice']) for name in found)
+    robustness.main(['--data', str(shared_data), '--model', str(model_path)])
+    assert len(capsys.readouterr().out.splitlines()) == 3 + len(found)
