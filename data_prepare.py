@@ -223,7 +223,7 @@ def prepare(source, splits, out, size, options):
                 write_text(dataset.attrs, 'preparation', digest.hexdigest()[:16])
         for path in new_files:
             sync(path)  # before the first is renamed
-    print(f'{"split":8}{"images":>8}{"masks":>8}{"boxes":>8}{"cats":>8}{"dogs":>8}{"breeds":>8}')
+    print(f'{"split":8}{"images":>8}{"masks":>8}{"boxes":>8}{"cats":>8}{"dogs":>8}{"classes":>8}')
     for split, row in rows.items():
         print(f'{split:8}' + ''.join(f'{number:8}' for number in row))
     print(f'written to {out}')

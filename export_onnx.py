@@ -225,6 +225,7 @@ def main(argv=None):
         parser.error('--runtime is for --web')
     require_packages()
     model = load_model(args.model)
+    print(f'exporting {args.model}', flush=True)  # which takes half a minute
     if args.web is not None:
         difference = write_page(model, args.web, args.runtime)
         print(f'{args.web}: the page; python -m http.server --directory {shlex.quote(args.web)} serves it')

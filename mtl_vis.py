@@ -79,7 +79,7 @@ def sample_row(model, dataset, index, flip):
         photograph = (photograph * 255).round().clamp(0, 255).to(torch.uint8)
     prediction = predict(model, photograph, flip)
     target = None if bbox.isnan().any() else bbox.tolist()
-    truth = f'\nis {dataset.split.class_names[label]}' if label >= 0 and prediction.breed else ''
+    truth = f'\ntrue: {dataset.split.class_names[label]}' if label >= 0 and prediction.breed else ''
     boxed = draw_boxes(photograph, {TARGET: target, PREDICTED: prediction.bbox})
     row = [(caption(prediction) + truth, boxed), ('Target Mask', plain_mask(masks[0, 0]))]
     if prediction.mask is not None:
@@ -87,14 +87,14 @@ def sample_row(model, dataset, index, flip):
     return [(title, enlarged(panel)) for title, panel in row]
 
 
-def photograph_row(photograph, prediction, panel):
+def photograph_row(photograph, prediction, title, panel):
     """A photograph and its predicted mask, at its own size unless that is outside `panel`."""
     longer = max(photograph.size)
     scale = min(max(longer, panel[0]), panel[1]) / longer
     size = tuple(max(1, round(side * scale)) for side in photograph.size)
     pixels = pil_to_tensor(photograph.resize(size))
     bbox = prediction.bbox and tuple(coordinate * scale for coordinate in prediction.bbox)
-    row = [(caption(prediction), draw_boxes(pixels, {PREDICTED: bbox}))]
+    row = [(title, draw_boxes(pixels, {PREDICTED: bbox}))]
     if prediction.mask is not None:
         mask = torch.from_numpy(np.array(Image.fromarray(prediction.mask).resize(size)))
         row.append(('Predicted Mask', draw_segmentation_masks(pixels, mask, alpha=0.6, colors=PREDICTED)))
@@ -176,20 +176,21 @@ def find_photographs(arguments, written):
 
 def refuse_to_overwrite(photographs, args):
     """Raise InputError if two of the files that `args` asks for are one, or one of them is an input."""
-    targets = [args.out]
+    targets = [(args.out, None)]  # (file to write, the photograph that it is of)
     if args.json and args.json != '-':
-        targets.append(args.json)
+        targets.append((args.json, None))
     for folder, kind in (args.save_masks, 'mask'), (args.cutouts, 'cutout'):
         if folder:
-            targets += [photograph.output(folder, kind) for photograph in photographs]
-    taken = {os.path.realpath(path) for path in (args.model, *(photograph.path for photograph in photographs))}
-    for target in targets:
-        if os.path.realpath(target) in taken:
+            targets += [(photograph.output(folder, kind), photograph.path) for photograph in photographs]
+    taken = {os.path.realpath(path): 'an input' for path in (args.model, *(each.path for each in photographs))}
+    for target, source in targets:
+        real = os.path.realpath(target)
+        if real in taken:
             raise InputError(
-                f'{target}: would be written over an input or twice; give other files and folders to write to, '
-                'or photographs of different names'
+                f'{target}: would be written over {taken[real]}; give other files and folders to write to, or '
+                'photographs of different names'
             )
-        taken.add(os.path.realpath(target))
+        taken[real] = f'that of {source}' if source else 'another output'
 
 
 def look_at_photographs(model, photographs, args):
@@ -217,7 +218,8 @@ def look_at_photographs(model, photographs, args):
             if args.cutouts:
                 save_png(cutout(image, prediction), files['cutout_file'])
             if len(records) <= DRAWN:
-                rows.append(photograph_row(on_white(image), prediction, panel))
+                name = '' if len(photographs) == 1 else f'{photograph.path.name[-40:]}\n'
+                rows.append(photograph_row(on_white(image), prediction, name + caption(prediction), panel))
     finally:  # what was found is kept, whatever ends the run
         if args.json and args.json != '-':
             write_file(args.json, lambda file: file.writelines(f'{record}\n'.encode() for record in records))

@@ -245,7 +245,7 @@ def test_a_photograph_is_kept_with_the_labels_it_has_in_plain_datasets(oxford, t
             assert np.isnan(read(tmp_path, split, 'bboxes')[i]).all() == (number % 2 != 0)
             assert read(tmp_path, split, 'breeds')[i] == number % 2 == read(tmp_path, split, 'binary')[i]
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert table[0] == ['split', 'images', 'masks', 'boxes', 'cats', 'dogs', 'breeds']
+    assert table[0] == ['split', 'images', 'masks', 'boxes', 'cats', 'dogs', 'classes']
     assert [row[0] for row in table[1:4]] == list(SPLITS)
     assert [sum(int(row[column]) for row in table[1:4]) for column in range(1, 6)] == [40, 10, 20, 20, 20]
     found = {}
