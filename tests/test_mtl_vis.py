@@ -1,8 +1,8 @@
 """Pictures and predictions from a trained model."""
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -271,7 +271,7 @@ def test_no_input_is_overwritten_and_no_file_is_written_twice(model_path, tmp_pa
     ):
         before = {path: path.read_bytes() for path in (one, two, mask, dog, model_path)}
         line = error_line(main, '--model', model_path, '--out', tmp_path / 'out.png', *arguments)
-        assert re.search(r': would be written over (an input|that of .*\.png|another output); give other files', line), line
+        assert re.search(r': would be written over (an input|that of .*\.png|another output); give other', line), line
         assert before == {path: path.read_bytes() for path in before}
 
 
