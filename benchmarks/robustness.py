@@ -21,7 +21,7 @@ from support.device import has_fast_bfloat16, seed_everything
 
 
 def four_in_one(images, boxes, masks):
-    """Each image with the three after it in the batch, all at half the size; boxes and masks go along."""
+    """Each image with the three before it in the batch, all at half the size; boxes and masks go along."""
     images, masks = (F.interpolate(each.float(), scale_factor=0.5, mode='area') for each in (images, masks))
     images, masks = (
         torch.cat([torch.cat([each, each.roll(1, 0)], 3), torch.cat([each.roll(2, 0), each.roll(3, 0)], 3)], 2)

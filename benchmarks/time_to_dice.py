@@ -66,12 +66,12 @@ def train_epoch(run):
 
 def steps_that_fit(contender, config, seconds):
     """Steps of an epoch with which a run of `config.epochs` takes about `seconds`; runs of short epochs tell."""
-    steps, spent = 1, 0
+    steps, spent = 0, 0
     while spent < seconds / 20:
+        steps = max(1, 2 * steps)
         run = make_run(contender, replace(config, steps=steps))
         spent = sum(train_epoch(run) for _ in range(config.epochs))
-        steps *= 2
-    return max(1, round(steps / 2 * seconds / spent))
+    return max(1, round(steps * seconds / spent))
 
 
 def train_curve(contender, config, seconds):
