@@ -185,4 +185,4 @@ def test_the_commands_of_the_documentation_run(tmp_path, full_networks):
         command = line.replace('python ', f'{sys.executable} {ROOT}/', 1)
         done = subprocess.run(command, cwd=tmp_path, shell=True, capture_output=True, text=True)
         assert not done.returncode, (line, done.stderr)
-    assert done.stdout.startswith('mine.onnx: ') and (tmp_path / 'mask.png').exists()
+    assert 'mine.onnx: ' in done.stdout and (tmp_path / 'mask.png').exists()
