@@ -216,7 +216,7 @@ class MTLDataset(Dataset):
             Normalisation comes after it.
         root: the folder with train/, val/ and test/.
         jitter: strength of `colour_jitter` after the transform, in [0, 1).
-        far, dusk: shares of `zoom_out` and `poor_light` after that, 0 to 1.
+        zoom_out, poor_light: shares of the functions of these names after that, 0 to 1.
 
     Attributes:
         folder: Path of the split.
@@ -227,9 +227,9 @@ class MTLDataset(Dataset):
     meantime the files may be replaced by ones of the same preparation, as data_rechunk.py does.
     """
 
-    def __init__(self, type='train', transform=None, root='datasets/data_new', jitter=0, far=0, dusk=0):
+    def __init__(self, type='train', transform=None, root='datasets/data_new', jitter=0, zoom_out=0, poor_light=0):
         self.folder = Path(root) / type
-        self.transform, self.jitter, self.far, self.dusk = transform, jitter, far, dusk
+        self.transform, self.jitter, self.zoom_out, self.poor_light = transform, jitter, zoom_out, poor_light
         self.split = read_split(self.folder)
         self._readers, self._pid = {}, None
 
@@ -244,10 +244,10 @@ class MTLDataset(Dataset):
         if self.transform is not None:
             images, boxes, masks = self.transform(images, boxes, masks)
         boxes = self._relative(boxes, *images.shape[-2:])
-        if self.jitter or self.far or self.dusk:
+        if self.jitter or self.zoom_out or self.poor_light:
             images = colour_jitter(images, self.jitter)
-            images, boxes, masks = zoom_out(images, boxes, masks, self.far)
-            images = poor_light(images, self.dusk)
+            images, boxes, masks = zoom_out(images, boxes, masks, self.zoom_out)
+            images = poor_light(images, self.poor_light)
         return Sample(normalise(images), boxes, torch.from_numpy(self.split.labels[index]), masks)
 
     def read(self, indices):

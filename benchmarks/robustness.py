@@ -32,9 +32,9 @@ def four_in_one(images, boxes, masks):
 
 COPIES = {
     'as it is': {},
-    'small': {'far': 1},
-    'poor light': {'dusk': 1},
-    'small, in poor light': {'far': 1, 'dusk': 1},
+    'small': {'zoom_out': 1},
+    'poor light': {'poor_light': 1},
+    'small, in poor light': {'zoom_out': 1, 'poor_light': 1},
     'four in one': {'transform': four_in_one},
 }
 COLUMNS = {'Dice': 'dice', 'breeds': 'accuracy', 'species': 'species', 'box IoU': 'box_iou'}

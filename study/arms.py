@@ -25,8 +25,8 @@ RECIPE = engine.Config(
     images_of=MTLNet.tasks,
     sizes=((1, 1),),
     crop=(0.4, 1.0),
-    far=0,
-    dusk=0,
+    zoom_out=0,
+    poor_light=0,
     bfloat16=False,
     resume='auto',
 )

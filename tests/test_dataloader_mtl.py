@@ -405,11 +405,12 @@ def test_what_fill_in_fills_in_comes_from_around():
     assert fill_in(images, torch.zeros_like(keep)).isfinite().all()
 
 
-def test_a_dataset_applies_far_and_dusk(shared_data):
+def test_a_dataset_zooms_out_and_darkens(shared_data):
     plain = MTLDataset('train', root=shared_data)[[0, 1]]
-    far, dusk = (MTLDataset('train', root=shared_data, **{name: 1})[[0, 1]] for name in ('far', 'dusk'))
-    assert far.mask.sum() < plain.mask.sum() and torch.equal(dusk.mask, plain.mask)
-    assert dusk.image.mean() < plain.image.mean()
+    small = MTLDataset('train', root=shared_data, zoom_out=1)[[0, 1]]
+    dark = MTLDataset('train', root=shared_data, poor_light=1)[[0, 1]]
+    assert small.mask.sum() < plain.mask.sum() and torch.equal(dark.mask, plain.mask)
+    assert dark.image.mean() < plain.image.mean()
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
