@@ -207,19 +207,21 @@ def mask_details(mask_logits, mask):
 def class_details(label_logits, label, class_species):
     """What was predicted for each sample whose label is known, each (K,) float64, and the logits (K, n_classes).
 
-    {'logits', 'label', 'predicted': classes, 'rank': of the label, 0 is the likeliest, NaN for 5 classes or fewer,
-    'confidence': the highest probability, 'species', 'predicted_species': numbers in SPECIES, NaN for a class without}.
+    {'logits', 'label', 'predicted': classes, 'top5': whether the label is among the 5 likeliest, NaN for 5 classes or
+    fewer, 'confidence': the highest probability, 'species', 'predicted_species': numbers in SPECIES, NaN for a class
+    without}.
     """
     rows = label_known(label)
     label, probabilities = label[rows], label_logits[rows].double().softmax(dim=1)
     numbers = [SPECIES.index(name) if name else math.nan for name in class_species]
     confidence, predicted = probabilities.max(dim=1)
-    rank = (probabilities > probabilities.gather(1, label[:, None])).sum(dim=1).double()
+    likeliest = probabilities.topk(min(5, probabilities.shape[1])).indices
+    top5 = (likeliest == label[:, None]).any(dim=1).double()
     return {
         'logits': label_logits[rows].double(),
         'label': label.double(),
         'predicted': predicted.double(),
-        'rank': rank if probabilities.shape[1] > 5 else torch.full_like(rank, math.nan),
+        'top5': top5 if probabilities.shape[1] > 5 else torch.full_like(top5, math.nan),
         'confidence': confidence,
         'species': torch.tensor(numbers, dtype=torch.float64, device=label.device)[label],
         'predicted_species': likeliest_species(probabilities, class_species)[0].double(),
@@ -321,7 +323,7 @@ METRICS = {
 POOLED = {
     'pooled_dice': Pooled('Dice Score - Segmentation, pooled', pooled_dice, PIXELS),
     'pooled_iou': Pooled('IoU - Segmentation, pooled', pooled_iou, PIXELS),
-    'top5_accuracy': Pooled('Top-5 Accuracy - Classification', lambda rank: (rank < 5).mean(axis=-1), ('rank',)),
+    'top5_accuracy': Pooled('Top-5 Accuracy - Classification', lambda top5: top5.mean(axis=-1), ('top5',)),
     'species_accuracy': Pooled(
         'Accuracy - Species',
         lambda species, predicted: (species == predicted).mean(axis=-1),
