@@ -22,7 +22,7 @@ test: .venv/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 check: lint
-	$(RUN) -m pytest -m ''
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m '' -n auto --maxprocesses 8 --dist loadgroup
 
 lint: .venv/ready
 	$(RUN) -m ruff check .

@@ -142,36 +142,26 @@ def print_duplicates(groups, splits):
         print(f'near-identical images: {sum(map(len, duplicates))} in {len(duplicates)} groups, {kept}')
 
 
-def read_samples(source, split, records, size, digest, stop):
-    """Yield image, mask and box of each record; what is stored of it goes into `digest`."""
-    for record in tqdm(records, split, unit='image', disable=None):
-        stop.check()
-        try:
-            sample = source.read(record, size)
-        except UnreadableFile as error:
-            raise InputError(f'{error}; it was readable before; run the command again') from None
-        digest.update(f'{split} {record.name} {record.species} {record.breed}'.encode())
-        for values in sample:
-            digest.update(values.tobytes())
-        yield sample
-
-
-def write_split(files, records, samples, size, class_names):
+def write_split(files, source, split, records, size, digest, stop):
     """Write one split to its open files, {stem: h5py.File}; returns its row of the printed table.
 
-    `samples` gives image, mask and box of each record; images and masks go to the disk one by one.
+    Images and masks go to the disk one by one, and what is stored goes into `digest`.
     """
     count, masks_known, boxes = len(records), 0, np.empty((len(records), 4), np.float32)
     images = files['images'].create_dataset('images', (count, size, size, 3), np.uint8)
     masks = files['masks'].create_dataset('masks', (count, size, size, 1), np.uint8)
-    for index, (image, mask, bbox) in enumerate(samples):
-        images[index], masks[index], boxes[index] = image, mask, bbox
-        masks_known += int((mask != MASK_UNKNOWN).any())
+    for index, record in enumerate(tqdm(records, split, unit='image', disable=None)):
+        stop.check()
+        images[index], masks[index], boxes[index] = sample = source.read(record, size)
+        masks_known += int((sample[1] != MASK_UNKNOWN).any())
+        digest.update(f'{split} {record.name} {record.species} {record.breed}'.encode())
+        for values in sample:
+            digest.update(values.tobytes())
     files['bboxes']['bboxes'] = boxes
     files['binary']['binary'] = np.array([[record.species] for record in records], np.int8)
     files['breeds']['breeds'] = np.array([[record.breed] for record in records], np.int16)
     files['names']['names'] = np.array([record.name.encode() for record in records])
-    write_text(files['breeds']['breeds'].attrs, 'class_names', class_names)
+    write_text(files['breeds']['breeds'].attrs, 'class_names', source.class_names)
     boxes_known = np.isfinite(boxes).all(axis=1).sum()
     cats, dogs = (sum(record.species == number for record in records) for number in (0, 1))
     return count, masks_known, boxes_known, cats, dogs, len({record.breed for record in records} - {-1})
@@ -216,8 +206,7 @@ def prepare(source, splits, out, size, options):
                 for stem in STEMS:
                     new_files.append(renames.enter_context(replacing(out / split / f'{stem}.h5')))
                     files[stem] = open_files.enter_context(create_h5(new_files[-1]))
-                samples = read_samples(source, split, records, size, digest, stop)
-                rows[split] = write_split(files, records, samples, size, source.class_names)
+                rows[split] = write_split(files, source, split, records, size, digest, stop)
                 datasets += [files[stem][stem] for stem in STEMS]
             for dataset in datasets:
                 write_text(dataset.attrs, 'preparation', digest.hexdigest()[:16])

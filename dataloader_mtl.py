@@ -58,9 +58,9 @@ def normalise(images):
 def colour_jitter(images, strength):
     """(N, 3, H, W), uint8 0-255 or float 0-1 -> float 0-1 with random brightness, contrast and saturation.
 
-    The factors are uniform in 1 - strength to 1 + strength, of each image. It is v2.ColorJitter without hue, in this
-    fixed order and without clamping. The three are then linear in the pixels: a 3 x 3 matrix and an offset for each
-    image, one pass over the batch where v2.ColorJitter takes seven over each image.
+    Each image has factors of its own, uniform in 1 - strength to 1 + strength. It is v2.ColorJitter without hue, in
+    this fixed order and without clamping. The three are then linear in the pixels: a 3 x 3 matrix and an offset for
+    each image, one pass over the batch where v2.ColorJitter takes seven over each image.
     """
     if not images.is_floating_point():
         images = images.float() / 255
@@ -216,7 +216,7 @@ class MTLDataset(Dataset):
             Normalisation comes after it.
         root: the folder with train/, val/ and test/.
         jitter: strength of `colour_jitter` after the transform, in [0, 1).
-        zoom_out, poor_light: shares of the functions of these names after that, 0 to 1.
+        zoom_out, poor_light: shares of the images that the functions of these names change after that, 0 to 1.
 
     Attributes:
         folder: Path of the split.
@@ -314,6 +314,8 @@ def load_splits(root, tasks, limit=None, masks=None):
         raise InputError(
             f'{root}: images of {width} x {height} pixels; the networks take multiples of 16 from 64 to {LARGEST_SIDE}'
         )
+    for dataset in datasets.values():  # a class may have no sample in the others
+        dataset.split.class_species[:] = datasets['train'].split.class_species
     if masks is not None:  # `read` leaves the others unknown
         known = datasets['train'].split.known['mask']
         known[np.random.default_rng(0).permutation(np.flatnonzero(known))[masks:]] = False

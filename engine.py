@@ -16,6 +16,7 @@ optimiser in optimizers.py, validation and the test in evaluation.py.
 import argparse
 import time
 import zlib
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -44,15 +45,7 @@ from support import report
 from support.checkpoint import TRAINING_FORMAT, find_checkpoint, is_finite, load_checkpoint, save_checkpoint, save_last
 from support.cli import InputError, Stopped, StopRequest, positive_number, reason, whole_number
 from support.device import choose_device, has_fast_bfloat16, keep_freed_memory, seed_everything
-from support.distributed import (
-    all_gather,
-    get_world_size,
-    held_by_main_process,
-    is_main_process,
-    on_main_process,
-    print_once,
-    process_group,
-)
+from support.distributed import all_gather, get_world_size, is_main_process, on_main_process, print_once, process_group
 from support.files import lock_folder
 from utils import METRICS, PRINTED, MeanLosses, task_losses
 
@@ -110,7 +103,7 @@ PRETRAINED = {'sizes': ((0.4, 1 / 2), (1, 3 / 4)), 'crop': (0.4, 1.0), 'muon': F
 # On a CPU, loading takes little of a step.
 DEFAULT_WORKERS = {'cpu': 0, 'cuda': 4}
 
-UNSAVED = ('data', 'out', 'resume', 'workers', 'checkpoint_minutes')  # of a Config: no number depends on them
+UNSAVED = ('data', 'out', 'resume', 'workers', 'checkpoint_minutes')  # of a Config: nothing trained depends on them
 REPORTED = ('commit', 'threads')  # a change is reported on resume; the weights may then differ
 
 
@@ -484,7 +477,8 @@ def write_epoch(run):
 def train(network, weighting, config):
     """Train `network` with `weighting`, test the best epoch once; returns the content of metrics.json."""
     out = Path(config.out)
-    with process_group(config.device), StopRequest() as stop, held_by_main_process(lock_folder(out)), worker_errors():
+    with process_group(config.device), StopRequest() as stop, ExitStack() as lock, worker_errors():
+        on_main_process(lock.enter_context, lock_folder(out))
         keep_freed_memory()
         seed_everything(config.seed)
         run = start_run(network, weighting, config)
@@ -501,6 +495,7 @@ def train(network, weighting, config):
             temperature = calibrate(model, run.splits['val'], run.device, **options)
             if temperature:
                 on_main_process(save_checkpoint, out / 'best.pt', model_content(model, *run.model_info))
+                model = load_model(out / 'best.pt', run.device)  # as it was rounded
                 print_once(f'temperature {temperature:.3f} of the class logits, fitted on validation')
             found = run_test(model, run.splits, run.device, **options)
         except Stopped as stopped:

@@ -14,7 +14,7 @@ from torch import nn
 from dataloader_mtl import Sample, evaluation_loader, iter_loader
 from models import FlipAveraged, Outputs
 from support.distributed import all_gather
-from utils import METRICS, POOLED, TASKS, MeanLosses, class_details, mask_details, task_losses
+from utils import METRICS, POOLED, TASKS, MeanLosses, class_details, mask_details, mean_value, task_losses
 
 FEWEST_LABELS = 50  # to fit a temperature to
 
@@ -146,11 +146,6 @@ def calibrate(model, dataset, device, **options):
     temperature = fit_temperature(values['logits'][known], values['label'][known])
     model.class_head.divide_logits(temperature)
     return temperature
-
-
-def mean_value(values):
-    """(..., N) -> (...)."""
-    return values.mean(axis=-1)
 
 
 def bootstrap_interval(columns, function=mean_value, draws=2000, seed=0):

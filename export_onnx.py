@@ -165,20 +165,30 @@ class FromFile(nn.Module):
         )
 
 
+def read_reported(path):
+    """{metric: value} of the test in a run's metrics.json; {} for None."""
+    if path is None:
+        return {}
+    require_file(path, '--reported takes the metrics.json of a run')
+    try:
+        return {name: values['mean'] for name, values in json.loads(Path(path).read_text())['test'].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f'{path}: is not the metrics.json of a run') from None
+
+
 def print_test(model, path, data, reported):
     """Print the metrics of a model and of its ONNX file on the test split of `data`.
 
-    Beside them those of `reported`, the metrics.json of a run, unless it is None.
+    Beside them `reported`, {metric: value}, unless it is empty.
     """
     dataset, cpu = MTLDataset('test', root=data), torch.device('cpu')
-    if dataset.split.class_names != model.class_names:
-        raise InputError(f'{data}: its classes are not those of the model')
+    for what in 'class_names', 'image_size':
+        if getattr(dataset.split, what) != getattr(model, what):
+            raise InputError(f'{data}: its {what} are not those of the model')
     columns = [evaluate(model, dataset, cpu), evaluate(FromFile(path), dataset, cpu)]
     titles = ['the model', 'the file']
-    if reported is not None:
-        require_file(reported, '--reported takes the metrics.json of a run')
-        test = json.loads(Path(reported).read_text())['test']
-        columns.append({name: values['mean'] for name, values in test.items()})
+    if reported:
+        columns.append(reported)
         titles.append('reported')
     print(f'{f"test split of {data}":45}' + ''.join(f'{title:>12}' for title in titles))
     for name in columns[0]:
@@ -223,7 +233,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.runtime is not None and args.web is None:
         parser.error('--runtime is for --web')
+    if args.test is not None and args.web is not None and not args.out:
+        parser.error('--test is for --out')
+    if args.reported is not None and args.test is None:
+        parser.error('--reported is for --test')
     require_packages()
+    reported = read_reported(args.reported)
     model = load_model(args.model)
     print(f'exporting {args.model}', flush=True)  # which takes half a minute
     if args.web is not None:
@@ -237,7 +252,7 @@ def main(argv=None):
         print(f'{out}: images (N, {height}, {width}, 3) uint8 -> {", ".join(Exported(model).names)}')
         print(f'largest difference from the model: {difference:.1e}')
         if args.test is not None:
-            print_test(model, out, args.test, args.reported)
+            print_test(model, out, args.test, reported)
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ and a pet's outline is smooth enough for its logits to be interpolated.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,9 +103,9 @@ class TimmEncoder(nn.Module):
         own_mean, own_std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
         self.register_buffer('scale', own_std / std)
         self.register_buffer('offset', (own_mean - mean) / std)
-        for name, module in list(self.features.named_modules()):
+        for module in self.features.modules():
             if isinstance(module, nn.Conv2d) and is_slow_in_bfloat16(module):
-                self.features.set_submodule(name, Float32(module))
+                module.forward = partial(in_float32, module, type(module).forward)
 
     def freeze_shallow(self):
         """Freeze the layers that lead to the features at /4, their BatchNorm statistics too.
@@ -134,33 +135,12 @@ def is_slow_in_bfloat16(conv):
     return conv.groups == conv.in_channels > 1 and (max(conv.kernel_size) > 3 or max(conv.stride) > 1)
 
 
-class Float32(nn.Module):
-    """A convolution that computes in float32 on a CPU, also under autocast. Transparent in state dicts."""
-
-    def __init__(self, conv):
-        super().__init__()
-        self.conv = conv
-        self.register_state_dict_post_hook(leave_out_conv)
-        self.register_load_state_dict_pre_hook(put_in_conv)
-
-    def forward(self, x):
-        if x.device.type != 'cpu' or not torch.is_autocast_enabled('cpu'):
-            return self.conv(x)
-        with torch.autocast('cpu', enabled=False):
-            return self.conv(x.float()).to(x.dtype)
-
-
-def leave_out_conv(module, state_dict, prefix, *_):
-    """Rename `prefix`conv.NAME to `prefix`NAME in a state dict that is being made."""
-    for name in module.conv.state_dict():
-        state_dict[prefix + name] = state_dict.pop(f'{prefix}conv.{name}')
-
-
-def put_in_conv(module, state_dict, prefix, *_):
-    """The inverse of `leave_out_conv`, in a state dict that is being loaded."""
-    for name in module.conv.state_dict():
-        if prefix + name in state_dict:
-            state_dict[f'{prefix}conv.{name}'] = state_dict.pop(prefix + name)
+def in_float32(conv, forward, x):
+    """The `forward` of a convolution, in float32 on a CPU also under autocast."""
+    if x.device.type != 'cpu' or not torch.is_autocast_enabled('cpu'):
+        return forward(conv, x)
+    with torch.autocast('cpu', enabled=False):
+        return forward(conv, x.float()).to(x.dtype)
 
 
 class MaskDecoder(nn.Module):

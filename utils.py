@@ -208,23 +208,24 @@ def class_details(label_logits, label, class_species):
     """What was predicted for each sample whose label is known, each (K,) float64, and the logits (K, n_classes).
 
     {'logits', 'label', 'predicted': classes, 'top5': whether the label is among the 5 likeliest, NaN for 5 classes or
-    fewer, 'confidence': the highest probability, 'species', 'predicted_species': numbers in SPECIES, NaN for a class
-    without}.
+    fewer, 'confidence': the highest probability, 'species': whether that of `likeliest_species` is the label's, NaN for
+    a label of unknown species}.
     """
     rows = label_known(label)
     label, probabilities = label[rows], label_logits[rows].double().softmax(dim=1)
-    numbers = [SPECIES.index(name) if name else math.nan for name in class_species]
     confidence, predicted = probabilities.max(dim=1)
     likeliest = probabilities.topk(min(5, probabilities.shape[1])).indices
     top5 = (likeliest == label[:, None]).any(dim=1).double()
+    numbers = [SPECIES.index(name) if name else -1 for name in class_species]
+    species = torch.tensor(numbers, device=label.device)[label]
+    found, _ = likeliest_species(probabilities, class_species)
     return {
         'logits': label_logits[rows].double(),
         'label': label.double(),
         'predicted': predicted.double(),
         'top5': top5 if probabilities.shape[1] > 5 else torch.full_like(top5, math.nan),
         'confidence': confidence,
-        'species': torch.tensor(numbers, dtype=torch.float64, device=label.device)[label],
-        'predicted_species': likeliest_species(probabilities, class_species)[0].double(),
+        'species': torch.where(species < 0, math.nan, (species == found).double()),
     }
 
 
@@ -245,6 +246,11 @@ def likeliest_species(probabilities, class_species):
     return number, found.clamp(max=1)  # rounding may have made it more
 
 
+def mean_value(values):
+    """(..., K) -> (...)."""
+    return values.mean(axis=-1)
+
+
 def pooled_dice(both, predicted, true):
     """The Dice coefficient of all known pixels together; counts (..., K) -> (...)."""
     return share(2 * both.sum(axis=-1), (predicted + true).sum(axis=-1))
@@ -262,18 +268,13 @@ def share(part, whole):
 
 def macro_f1(label, predicted):
     """The mean over the classes that occur in `label` of 2 TP / (2 TP + FP + FN); (..., K) -> (...)."""
-    n_classes = int(max(label.max(), predicted.max())) + 1
-    shape = label.shape[:-1]
-    first = n_classes * np.arange(math.prod(shape)).reshape(*shape, 1)  # each row counts for itself
-
-    def count(classes, where):
-        chosen = (first + classes)[where].astype(np.int64)
-        return np.bincount(chosen, minlength=n_classes * first.size).reshape(*shape, n_classes)
-
-    everywhere = np.ones(label.shape, bool)
-    hits, true = count(label, label == predicted), count(label, everywhere)
-    f1 = 2 * hits / np.maximum(true + count(predicted, everywhere), 1)
-    return f1.sum(axis=-1) / (true > 0).sum(axis=-1)
+    total = occurring = 0
+    for number in range(int(label.max()) + 1):
+        true, found = label == number, predicted == number
+        count, hits = true.sum(axis=-1), (true & found).sum(axis=-1)
+        total = total + 2 * hits / np.maximum(count + found.sum(axis=-1), 1)
+        occurring = occurring + (count > 0)
+    return total / occurring
 
 
 def calibration_error(label, predicted, confidence, bins=15):
@@ -323,12 +324,8 @@ METRICS = {
 POOLED = {
     'pooled_dice': Pooled('Dice Score - Segmentation, pooled', pooled_dice, PIXELS),
     'pooled_iou': Pooled('IoU - Segmentation, pooled', pooled_iou, PIXELS),
-    'top5_accuracy': Pooled('Top-5 Accuracy - Classification', lambda top5: top5.mean(axis=-1), ('top5',)),
-    'species_accuracy': Pooled(
-        'Accuracy - Species',
-        lambda species, predicted: (species == predicted).mean(axis=-1),
-        ('species', 'predicted_species'),
-    ),
+    'top5_accuracy': Pooled('Top-5 Accuracy - Classification', mean_value, ('top5',)),
+    'species_accuracy': Pooled('Accuracy - Species', mean_value, ('species',)),
     'macro_f1': Pooled('Macro F1 - Classification', macro_f1, ('label', 'predicted')),
     'calibration_error': Pooled(
         'Expected Calibration Error - Classification', calibration_error, ('label', 'predicted', 'confidence')

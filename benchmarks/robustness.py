@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from dataloader_mtl import MTLDataset
-from evaluation import bootstrap_interval, mean_value, score
+from evaluation import bootstrap_interval, score
 from models import MODEL, load_model
 from support.cli import run_script
 from support.device import has_fast_bfloat16, seed_everything
+from utils import mean_value
 
 
 def four_in_one(images, boxes, masks):
@@ -46,10 +47,8 @@ def robustness(model, data, split):
     for name, options in COPIES.items():
         seed_everything(0)
         values, _ = score(model, MTLDataset(split, root=data, **options), device, bfloat16=has_fast_bfloat16(device))
-        right = (values['species'] == values['predicted_species']).astype(float)
-        values['species'] = np.where(np.isnan(values['species']), np.nan, right)
         columns = COLUMNS if name != 'four in one' else ['Dice']  # whose breed and box?
-        found[name] = {column: values[COLUMNS[column]] for column in columns}
+        found[name] = {column: values[COLUMNS[column]] for column in columns if COLUMNS[column] in values}
         found[name] = {column: each[~np.isnan(each)] for column, each in found[name].items()}
     return found
 

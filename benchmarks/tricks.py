@@ -185,7 +185,8 @@ def main(argv=None):
                 rows.append(row)
                 write_csv(COLUMNS, rows, path)
                 print(row, flush=True)
-    common.print_table(['', 'seeds', 'steps', *METRICS], table_rows(rows))
+    if any(row['variant'] == WHOLE for row in rows):  # what the others are compared with
+        common.print_table(['', 'seeds', 'steps', *METRICS], table_rows(rows))
 
 
 if __name__ == '__main__':

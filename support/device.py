@@ -1,7 +1,6 @@
 """The machine that a run uses: device, precision, memory and random seeds."""
 
 import ctypes
-import random
 
 import numpy as np
 import torch
@@ -40,9 +39,7 @@ def keep_freed_memory():
 
 
 def seed_everything(*key):
-    """Seed Python, numpy and torch with a hash of whole numbers; returns the hash."""
+    """Seed torch with a hash of whole numbers; returns the hash."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
     torch.manual_seed(seed)
     return seed

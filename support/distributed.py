@@ -4,7 +4,7 @@ How a batch is shared by the ranks: `dataloader_mtl.split_batches`. How their lo
 """
 
 import os
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -76,15 +76,3 @@ def on_main_process(function, *args):
     if message:
         raise error or InputError(message)
     return value
-
-
-@contextmanager
-def held_by_main_process(context):
-    """Enter `context`, such as a lock, on rank 0 only; every rank gets its error."""
-
-    def enter():
-        stack.enter_context(context)
-
-    with ExitStack() as stack:
-        on_main_process(enter)
-        yield

@@ -24,7 +24,6 @@ except ImportError:
 IMAGE_FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'AVIF', *(('HEIF',) if pillow_heif else ()))
 # Looked for in folders.
 IMAGE_SUFFIXES = tuple('.jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .avif .heic .heif'.split())
-HEIF_BRANDS = (b'heic', b'heix', b'hevc', b'heim', b'heis', b'mif1', b'msf1')
 LARGEST_JPEG = 100_000_000  # pixels; a larger one is read at a half, a quarter or an eighth of its size
 ORIENTATION, BITS_PER_SAMPLE, HIGHEST_VALUE = 0x0112, 0x0102, 0x0119  # tags of EXIF and TIFF
 # What turns a picture upright that was stored with this EXIF orientation.
@@ -33,7 +32,7 @@ TURNS = dict(enumerate(('FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM', 'TRA
 SPACES = {'RGB': 'RGB ', 'CMYK': 'CMYK', 'L': 'GRAY'}  # {mode of Pillow: colour space of an ICC profile}
 
 
-class UnreadableFile(Exception):
+class UnreadableFile(InputError):
     """An image or an annotation that cannot be used; the message names the file."""
 
 
@@ -45,7 +44,8 @@ def reading(name):
             warnings.simplefilter('ignore')  # about files that can be read: very large, damaged EXIF
             yield
     except UnidentifiedImageError:
-        raise UnreadableFile(f'{name}: not an image of a known kind ({", ".join(IMAGE_FORMATS)})') from None
+        more = '' if pillow_heif else '; for HEIC and HEIF, pip install pillow-heif'
+        raise UnreadableFile(f'{name}: not an image of a known kind ({", ".join(IMAGE_FORMATS)}{more})') from None
     except Exception as error:  # damaged files make Pillow's decoders raise errors of any type
         raise UnreadableFile(f'{name}: {reason(error)}') from None
 
@@ -76,8 +76,6 @@ def read_photograph(source):
         data = Path(source).read_bytes() if is_path else read_memory(source)
         if not data:
             raise ValueError('is empty')
-        if pillow_heif is None and data[4:8] == b'ftyp' and data[8:12] in HEIF_BRANDS:
-            raise ValueError('an HEIC or HEIF photograph; to read it, pip install pillow-heif')
         try:
             return to_srgb(upright(decode(data)))
         except Exception:
@@ -179,9 +177,6 @@ def to_srgb(image):
         if isinstance(clear, int):
             alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
         image = Image.fromarray((values * grey_scale(image, values.max())).clip(0, 255).astype(np.uint8))
-    elif isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, where Pillow reads the upper 8
-        image = image.copy()
-        image.info['transparency'] = tuple(value >> 8 for value in clear)
     if 'A' in image.mode or 'a' in image.mode or 'transparency' in image.info:
         image = image.convert('RGBA')
         alpha = image.getchannel('A')

@@ -371,4 +371,4 @@ class SyntheticPets:
 
     def read(self, record, size):
         number = int(record.name.rpartition('_')[2])
-        return synthetic_pets.draw_pet(number, self.seed, size)[:3]  # image, mask, box
+        return synthetic_pets.draw_pet(number, self.seed, size)

@@ -62,9 +62,6 @@ class Pet(NamedTuple):
     image: np.ndarray  # uint8 (H, W, 3), RGB, 0-255
     mask: np.ndarray  # uint8 (H, W, 1), 1 pet, 0 background
     bbox: np.ndarray  # float32 (4,), xmin, ymin, xmax, ymax of the head with its ears: edges in pixels within [0, size]
-    species: int  # 0 cat, 1 dog
-    breed: int  # index into BREEDS
-    name: str  # the breed's name and the index of the pet, unique within a set
 
 
 class Shape(NamedTuple):
@@ -389,9 +386,7 @@ def draw_pet(index, seed=0, size=256):
     for part in head:
         paint(part, image, mask, head_mask)
     mask, head_mask = (each.reduce(SUPERSAMPLE).point(lambda value: value > 127) for each in (mask, head_mask))
-    breed, bbox = index % len(BREEDS), np.array(head_mask.getbbox(), np.float32)
-    species, name = BREEDS[breed].species, f'{BREEDS[breed].name}_{index}'
-    return Pet(develop(rng, image), np.array(mask)[..., None], bbox, species, breed, name)
+    return Pet(develop(rng, image), np.array(mask)[..., None], np.array(head_mask.getbbox(), np.float32))
 
 
 def draw_background(index, seed=0, size=256):

@@ -4,7 +4,6 @@ timm is imported when an encoder of it is asked for.
 """
 
 import logging
-from contextlib import contextmanager
 
 import torch
 
@@ -29,18 +28,19 @@ def create_features(name, weights='none'):
         raise InputError(f"encoder '{name}': needs timm; pip install timm") from None
     if not timm.is_model(name):  # a repository or a folder, for instance, which create_model would read
         raise InputError(f"encoder '{name}': timm {timm.__version__} has no such model; timm.list_models() lists them")
+    before = logging.root.manager.disable
+    logging.disable()  # timm and the hub log every attempt, and each ends in an error that says what is wrong
     try:
-        with logging_disabled():
-            source = {}
-            if weights == 'imagenet' and name == PACKAGED:
-                source = {'state_dict': read_packaged(timm.create_model(name, num_classes=0))}
-            elif weights == 'imagenet':
-                print_once(f'loading the ImageNet weights of {name}, from the hub unless they are cached')
-            elif weights != 'none':
-                source = {'state_dict': read_file(timm.create_model(name, num_classes=0), weights)}
-            model = timm.create_model(
-                name, features_only=True, pretrained=weights != 'none', pretrained_cfg_overlay=source or None
-            )
+        source = {}
+        if weights == 'imagenet' and name == PACKAGED:
+            source = {'state_dict': read_packaged(timm.create_model(name, num_classes=0))}
+        elif weights == 'imagenet':
+            print_once(f'loading the ImageNet weights of {name}, from the hub unless they are cached')
+        elif weights != 'none':
+            source = {'state_dict': read_file(timm.create_model(name, num_classes=0), weights)}
+        model = timm.create_model(
+            name, features_only=True, pretrained=weights != 'none', pretrained_cfg_overlay=source or None
+        )
     except InputError:
         raise
     except Exception as error:  # timm and the hub raise errors of many types
@@ -51,21 +51,12 @@ def create_features(name, weights='none'):
                 '--encoder-weights FILE or --encoder-weights none'
             )
         raise InputError(f"encoder '{name}': {what}") from None
+    finally:
+        logging.disable(before)
     reductions = model.feature_info.reduction()
     if reductions != REDUCTIONS:
         raise InputError(f"encoder '{name}': has features at 1/{reductions} of the size; expected 1/{REDUCTIONS}")
     return model
-
-
-@contextmanager
-def logging_disabled():
-    """timm and the hub log every attempt, and each ends in an error that says what is wrong."""
-    before = logging.root.manager.disable
-    logging.disable()
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def read_packaged(model):

@@ -1,5 +1,6 @@
 """What the tests share: tiny networks, small prepared data, training in this process and in forked ones."""
 
+import functools
 import os
 import resource
 import shutil
@@ -20,9 +21,11 @@ import engine
 import models
 import train_mtl
 from dataloader_mtl import MTLDataset
-from support import cli
+from support import cli, report
 from support.checkpoint import save_checkpoint
+from support.child import in_own_process
 from support.cli import STOP_SIGNALS, run_script
+from support.files import write_file
 from support.hdf5 import SPLITS
 from utils import WeightedLoss
 
@@ -46,6 +49,27 @@ def tiny_networks(tmp_path_factory):
     train_mtl.MODEL = str(tmp_path_factory.mktemp('models') / 'mtl_model.pt')
     yield
     models.CHANNELS = CHANNELS
+
+
+@pytest.fixture(scope='session', autouse=True)
+def cheap_parts():
+    """What takes longer than a tiny training and has tests of its own: curves, git, a process for each file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, 'draw_curves', write_history)
+        patch.setattr(report, 'read_commit', functools.cache(report.read_commit))
+        patch.setattr(data_rechunk, 'in_own_process', lambda seconds, function, *args: function(*args))
+        yield
+
+
+def write_history(history, printed, path):
+    """In place of the curves; the bytes are those of the history."""
+    write_file(path, lambda file: file.write(repr(history).encode()))
+
+
+@pytest.fixture
+def own_processes(monkeypatch):
+    """As data_rechunk.py runs."""
+    monkeypatch.setattr(data_rechunk, 'in_own_process', in_own_process)
 
 
 @pytest.fixture
@@ -170,12 +194,6 @@ def original_files(tmp_path):
 
 
 @pytest.fixture
-def rechunk_in_this_process(monkeypatch):
-    """Faster, for tests of other things than data_rechunk.py."""
-    monkeypatch.setattr('data_rechunk.in_own_process', lambda seconds, function, *args: function(*args))
-
-
-@pytest.fixture
 def oxford(tmp_path):
     """Function that writes images in the official layout, with the arguments of `write_oxford`; returns the root."""
     return lambda *args, **kw: write_oxford(tmp_path / 'oxford', *args, **kw)
@@ -226,7 +244,7 @@ def start_child(main, arguments, log, before=lambda: None):
     child = os.fork()
     if not child:
         status = 99
-        signal.alarm(120)  # a deadlock ends the test
+        signal.alarm(300)  # a deadlock ends the test
         try:
             for stream in 1, 2:
                 os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)

@@ -12,7 +12,7 @@ from conftest import run_in_child
 
 import data_rechunk
 from support.child import in_own_process
-from support.cli import STOP_SIGNALS, InputError
+from support.cli import InputError
 
 # Elsewhere the function runs in the process of the tests.
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='files have processes of their own only on Linux')
@@ -76,18 +76,17 @@ def test_the_process_ends_with_its_parent():
     assert os.read(read_end, 1) == b''  # when all that could write are gone
 
 
-@pytest.mark.parametrize('number', STOP_SIGNALS)
-def test_a_signal_ends_rechunking_with_nothing_left_behind(tmp_path, monkeypatch, number):
+def test_a_signal_ends_rechunking_with_nothing_left_behind(tmp_path, monkeypatch, own_processes):
     path = tmp_path / 'images.h5'
     with h5py.File(path, 'w') as file:
         file['images'] = np.full((2, 8, 8, 3), 9, np.uint8)
     before = path.read_bytes()
 
     def stop(*_):  # in the process of the file, as in a loop of HDF5
-        os.kill(os.getppid(), number)
+        os.kill(os.getppid(), signal.SIGTERM)
         signal.pause()
 
     monkeypatch.setattr(data_rechunk, 'same_bytes', stop)
     log = tmp_path.parent / 'log.txt'
-    assert run_in_child(lambda _: data_rechunk.rechunk_file(path), [], log) == 128 + number
+    assert run_in_child(lambda _: data_rechunk.rechunk_file(path), [], log) == 128 + signal.SIGTERM
     assert path.read_bytes() == before and set(os.listdir(tmp_path)) == {'images.h5', '.lock'}

@@ -101,7 +101,7 @@ def test_each_image_is_tested_in_one_fold_and_groups_stay_together():
             assert len(set(ordered[:3]) & set(part)) in (0, 3)
 
 
-def test_folds_are_written_and_rechunked_as_splits(oxford, tmp_path, rechunk_in_this_process, capsys):
+def test_folds_are_written_and_rechunked_as_splits(oxford, tmp_path, capsys):
     root, out = oxford(30, masks=range(0, 30, 2), breeds=3), tmp_path / 'folds'
     for name in 'breed0_0', 'breed2_2':
         Image.new('L', (80, 60), 7).save(annotation_path(root, f'trimaps/{name}.png'))
@@ -379,7 +379,7 @@ def test_an_image_that_is_damaged_meanwhile_is_named_and_nothing_written(oxford,
         'data_prepare.split_groups', lambda *args: image_path(root, 'breed0_4').unlink() or split_groups(*args)
     )
     line = error_line(main, '--root', root, '--out', tmp_path / 'out', '--split', '60-20-20')
-    assert 'breed0_4.jpg: No such file or directory; it was readable before; run the command again' in line
+    assert 'breed0_4.jpg: No such file or directory' in line
     assert not list((tmp_path / 'out').rglob('*.h5*'))
 
 
@@ -484,7 +484,7 @@ def test_a_missing_dataset_is_named(tmp_path, error_line):
 # ---- replacing files
 
 
-@pytest.mark.parametrize('limit', [0, 100, 3000, 300_000, 500_000])
+@pytest.mark.parametrize('limit', [0, 3000, 300_000])
 def test_full_disk_leaves_the_earlier_files(data, limit):
     assert_full_disk_leaves_files(main, ['--limit', '90', '--size', '64', '--out', data], data, limit)
 
@@ -502,8 +502,8 @@ def test_failed_write_at_any_size_leaves_the_earlier_files(tmp_path):
 def test_its_own_files_are_replaced_rechunked_or_not(data, tmp_path):
     for out in data, tmp_path / 'plain':
         for _ in range(2):
-            main(['--limit', '40', '--size', '64', '--split', '60-20-20', '--out', str(out)])
-        assert len(read(out, 'train', 'images')) == 24 and len(read(out, 'val', 'masks')) == 8
+            main(['--limit', '10', '--size', '64', '--split', '60-20-20', '--out', str(out)])
+        assert len(read(out, 'train', 'images')) == 6 and len(read(out, 'val', 'masks')) == 2
 
 
 def in_older_format(path, other):

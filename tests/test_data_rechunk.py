@@ -16,18 +16,9 @@ from conftest import assert_full_disk_leaves_files, damage_sample, read_h5, run_
 import data_prepare
 import data_rechunk
 from data_rechunk import main, rechunk_file
-from support.child import in_own_process
 from support.cli import InputError
 from support.hdf5 import is_rechunked, read_text
 from support.splits import read_split
-
-pytestmark = pytest.mark.usefixtures('rechunk_in_this_process')  # faster; test_child.py has the processes
-
-
-@pytest.fixture
-def own_processes(monkeypatch, rechunk_in_this_process):
-    """As data_rechunk.py runs, after all."""
-    monkeypatch.setattr(data_rechunk, 'in_own_process', in_own_process)
 
 
 @pytest.fixture
@@ -260,7 +251,7 @@ def test_full_disk_leaves_the_source(train_files, own_processes, limit):
 def test_failed_write_at_any_size_leaves_the_source(train_files, own_processes):
     """HDF5 crashes when a write fails while it closes a file with a chunk cache."""
     root = train_files(count=6)
-    for limit in range(0, 6 * 64 * 64 * 3, 256):
+    for limit in range(0, 6 * 64 * 64 * 3, 500):
         assert_full_disk_leaves_files(main, ['--data', root], root, limit)
 
 

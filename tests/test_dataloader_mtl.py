@@ -35,8 +35,6 @@ from support import synthetic_pets
 from support.cli import InputError
 from support.device import seed_everything
 
-pytestmark = pytest.mark.usefixtures('rechunk_in_this_process')
-
 
 def test_a_sample_is_image_box_label_and_mask(shared_data):
     dataset = MTLDataset('train', root=shared_data)

@@ -214,6 +214,7 @@ def test_loss_of_one_rank_that_is_not_finite_stops_both(shared_data, tmp_path):
     assert not (tmp_path / 'run' / 'last.pt').exists()
 
 
+@pytest.mark.slow
 def test_torchrun(shared_data, tmp_path):
     script = [str(ROOT / 'train_mtl.py'), *training_options(shared_data, tmp_path / 'run'), '--epochs', '1']
     script += ['--limit-batches', '1', '--batch-size', '2', '--model', str(tmp_path / 'model.pt')]

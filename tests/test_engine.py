@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -32,17 +33,19 @@ import evaluation
 import train_mtl
 from dataloader_mtl import LOADING, EpochBatches, MTLDataset, Sample
 from models import MTLNet, UNet, load_model
+from support import report
 from support.checkpoint import TRAINING_FORMAT, load_checkpoint
 from support.cli import InputError
 from support.device import seed_everything
-from support.report import read_commit
+from support.report import draw_curves, read_commit
 from utils import METRICS, POOLED, WeightedLoss
 
 CPU = torch.device('cpu')
 OFTEN = ('--checkpoint-minutes', '1e-9')  # a checkpoint after each step
 
 
-def test_run_writes_what_the_readme_promises(shared_data, tmp_path, capsys):
+def test_run_writes_what_the_readme_promises(shared_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, 'draw_curves', draw_curves)
     metrics = train(shared_data, tmp_path)
     files = 'best.pt curves.png last.pt log.csv metrics.json test_scores.csv'
     assert sorted(read_folder(tmp_path)) == files.split()
@@ -114,8 +117,8 @@ def test_batch_that_lost_its_labels_in_a_crop_has_a_zero_gradient(network):
 # ---- losses and weights that are not finite
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_names_the_samples(shared_data, tmp_path, error_line):
-    train(shared_data, tmp_path, '--limit-batches', 1)
+def test_loss_that_is_not_finite_stops_the_run_and_names_the_samples(shared_data, finished_run, tmp_path, error_line):
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     before = read_folder(tmp_path)
     options = training_options(shared_data, tmp_path, '--lr', '1e30', '--batch-size', 4, *OFTEN)
     line = error_line(train_mtl.main, *options, '--model', tmp_path / 'model.pt')
@@ -135,9 +138,9 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_samples(shared_data
 
 
 @pytest.mark.parametrize('more', [('--batch-size', 36), OFTEN], ids=['after an epoch', 'within an epoch'])
-def test_weights_that_are_not_finite_are_not_saved(shared_data, tmp_path, monkeypatch, more):
+def test_weights_that_are_not_finite_are_not_saved(shared_data, finished_run, tmp_path, monkeypatch, more):
     """The loss of a step is finite, and the weights after it are not."""
-    train(shared_data, tmp_path, '--limit-batches', 1)
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     before, step = read_folder(tmp_path), torch.optim.AdamW.step
 
     def overflow(self, *args, **kw):

@@ -26,9 +26,13 @@ import mtl_vis
 import train_mtl
 from support.hdf5 import SPLITS, copy_attributes, has_metadata_checksums, is_rechunked, target_chunks
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == 'win32', reason='needs fork')]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == 'win32', reason='needs fork'),
+    pytest.mark.usefixtures('own_processes'),
+]
 
-SECONDS = 100  # until a script counts as hanging; all of them end within a few
+SECONDS = 300  # until a script counts as hanging; all of them end within a few
 
 
 # ---- sound files

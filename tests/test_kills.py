@@ -25,7 +25,11 @@ from support.checkpoint import TRAINING_FORMAT, load_checkpoint
 from support.cli import run_script
 from support.hdf5 import is_rechunked
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == 'win32', reason='needs fork')]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == 'win32', reason='needs fork'),
+    pytest.mark.usefixtures('own_processes'),
+]
 
 FORK = multiprocessing.get_context('fork') if sys.platform != 'win32' else None
 KILLS_IN_A_ROW = 5  # at most, before a script is let finish

@@ -22,6 +22,7 @@ from mtl_vis import PREDICTED, TARGET, main
 from prediction import predict
 from support.checkpoint import save_checkpoint
 from support.cli import InputError, run_script
+from support.files import write_file
 
 
 def run(*arguments):
@@ -37,6 +38,12 @@ def photograph(path, size=(90, 70), mode='RGB'):
 def write_model(path, network):
     save_checkpoint(path, model_content(network(), ['cat', 'dog'], ['cat', 'dog'], (64, 64)))
     return path
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """For tests of the other outputs."""
+    monkeypatch.setattr(mtl_vis, 'save_picture', lambda rows, path: write_file(path, lambda file: file.write(b'-')))
 
 
 # ---- test images
@@ -97,6 +104,7 @@ def test_shipped_model_is_found_from_any_folder_and_a_notebooks_backend_does_no_
     assert Image.open(tmp_path / 'mask.png').size == (2 * (256 + 44), 199 + 44)
 
 
+@pytest.mark.usefixtures('no_picture')
 def test_a_model_of_masks_only_draws_them_and_its_json_has_null_for_the_rest(shared_data, tmp_path, capsys):
     options = '--model', write_model(tmp_path / 'best.pt', UNet), '--out', tmp_path / 'out.png'
     run(*options, '--data', shared_data)
@@ -109,6 +117,7 @@ def test_a_model_of_masks_only_draws_them_and_its_json_has_null_for_the_rest(sha
     assert {key for key, value in record.items() if value is None} == nulls
 
 
+@pytest.mark.usefixtures('no_picture')
 def test_photographs_that_cannot_be_read_are_named_and_stop_no_other(model_path, tmp_path, capsys):
     missing, empty, text, loop = broken = [tmp_path / f'{name}.jpg' for name in ('missing', 'empty', 'text', 'loop')]
     empty.touch(), text.write_text('no picture'), loop.symlink_to('loop.jpg')
@@ -161,6 +170,7 @@ def test_photographs_of_all_kinds_give_masks_cutouts_and_json_in_their_own_pixel
     assert Image.open(tmp_path / 'out.png').size[0] == 2 * (1600 + 44)
 
 
+@pytest.mark.usefixtures('no_picture')
 def test_json_on_standard_output_is_alone_there(model_path, tmp_path, capsys):
     one, two = photograph(tmp_path / '1.png'), photograph(tmp_path / '2.png')
     run('--model', model_path, '--out', tmp_path / 'out.png', '--json', '-', one, two)
@@ -186,6 +196,7 @@ def test_folder_shows_the_first_12_and_keeps_its_folders_apart(model_path, tmp_p
     assert Image.open(tmp_path / 'out.png').size[1] == 12 * (192 + 44)
 
 
+@pytest.mark.usefixtures('no_picture')
 def test_patterns_name_files_by_the_folders_below_them(model_path, tmp_path, capsys):
     for name in 'b/pug.png', 'a/pug.png', 'a/pug.txt', 'pug.png':
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -200,6 +211,7 @@ def test_patterns_name_files_by_the_folders_below_them(model_path, tmp_path, cap
     run(*out, tmp_path / '[1].png')
 
 
+@pytest.mark.usefixtures('no_picture')
 def test_a_second_run_sees_the_same_photographs(model_path, tmp_path, capsys):
     """Neither what the first wrote nor what is hidden; a folder to write to may be the one that is searched."""
     for name in 'cat.png', 'phone.jfif', '.trash/old.png', 'a/.hidden.png':
@@ -216,6 +228,7 @@ def test_a_second_run_sees_the_same_photographs(model_path, tmp_path, capsys):
     assert (tmp_path / 'one' / 'cat_cutout.png').exists()
 
 
+@pytest.mark.usefixtures('no_picture')
 def test_whatever_goes_wrong_in_one_photograph_is_its_line(model_path, tmp_path, capsys, monkeypatch):
     one, two, predict_it = photograph(tmp_path / '1.png'), photograph(tmp_path / '2.png'), mtl_vis.predict
     results = iter([lambda *_, **__: {}['key'], predict_it])
@@ -226,6 +239,7 @@ def test_whatever_goes_wrong_in_one_photograph_is_its_line(model_path, tmp_path,
     assert json.loads((tmp_path / 'a.jsonl').read_text())['file'] == str(two)
 
 
+@pytest.mark.usefixtures('no_picture')
 def test_what_was_found_is_kept_if_an_output_cannot_be_written(model_path, tmp_path, error_line):
     one, two = photograph(tmp_path / '1.png'), photograph(tmp_path / '2.png')
     (tmp_path / 'cutouts' / '2_cutout.png').mkdir(parents=True)
@@ -235,6 +249,7 @@ def test_what_was_found_is_kept_if_an_output_cannot_be_written(model_path, tmp_p
     assert files == [str(one), str(two)]
 
 
+@pytest.mark.usefixtures('no_picture')
 def test_same_names_keep_their_suffix(model_path, tmp_path):
     for name in 'cat.png', 'cat.jpg', 'dog.png':
         photograph(tmp_path / name, size=(20, 16))

@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import resource
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -64,14 +61,6 @@ def test_curves_show_losses_and_metrics(tmp_path, monkeypatch):
     draw_curves([FIRST, SECOND], PRINTED, tmp_path / 'curves.png')
     assert sorted(labels) == ['Accuracy', 'Dice Score', 'class, train', 'mask, train', 'mask, val']
     assert Image.open(tmp_path / 'curves.png').size == (1200, 480)
-
-
-def test_curves_are_drawn_where_a_notebook_names_a_backend_of_its_own(tmp_path):
-    imports = 'from pathlib import Path; from support.report import draw_curves'
-    code = imports + "; draw_curves([{'epoch': 1}], {}, Path('a.png'))"
-    backend = {'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
-    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={**os.environ, **backend}, check=True)
-    assert (tmp_path / 'a.png').exists()
 
 
 def test_curves_of_a_history_without_labels_are_drawn(tmp_path):

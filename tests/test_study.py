@@ -184,6 +184,8 @@ def finished(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, 'start_run', start)
     monkeypatch.setattr(runner.time, 'sleep', lambda seconds: None)
+    for name in 'draw_masks', 'draw_effects', 'draw_gains':
+        monkeypatch.setattr(tables, name, lambda *_: None)  # test_tables_and_plots has them
     for fold in range(2):
         (tmp_path / f'fold{fold}').mkdir()
     options = '--data', str(tmp_path), '--out', str(tmp_path / 'out'), '--runs', str(tmp_path / 'runs')

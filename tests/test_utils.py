@@ -209,6 +209,8 @@ def test_class_details_of_the_samples_with_a_label():
     tied = class_details(torch.zeros(10, 6), torch.arange(10) % 6, [None] * 6)['top5']
     assert tied.sum() in (8, 9)  # five classes of the six, whichever
     assert found['confidence'].tolist() == pytest.approx(logits[[0, 2]].softmax(dim=1).amax(dim=1).tolist())
+    species = class_details(logits, torch.tensor([0, 1, 2]), ['cat', 'dog', None])['species']
+    assert species[:2].tolist() == [1, 0] and species[2].isnan()
     assert found['species'].isnan().all() and torch.equal(found['logits'], logits[[0, 2]].double())
 
 
