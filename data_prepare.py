@@ -103,8 +103,8 @@ def group_duplicates(records, source):
 def split_groups(groups, shares):
     """Deal groups of records in strata order to the splits of {split: share}: {split: list of Record}.
 
-    Each group goes to the split that is then furthest behind its share, so the shares hold in every stratum to
-    within about the size of a group, and overall.
+    Each group goes to the split that is then furthest behind its share. So the shares hold overall, and in every
+    stratum, up to about the size of a group.
     """
     splits, total, dealt = {split: [] for split in shares}, sum(shares.values()), 0
     for group in groups:

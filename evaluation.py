@@ -107,7 +107,7 @@ def run_test(model, splits, device, **options):
 
     means: {metric of METRICS: {'images', 'mean', 'interval', 'flip_mean', 'flip_interval', 'constant'}};
     pooled: the same of POOLED. 'flip' is of FlipAveraged, 'constant' of ConstantNet, an 'interval' the 95 % interval
-    over images. Without those that no image has the labels for.
+    over images. A metric for which no image has the labels is left out.
     """
     train = splits['train']
     split = train.dataset.split
@@ -161,7 +161,10 @@ def bootstrap_interval(columns, function=mean_value, draws=2000, seed=0):
 
 
 def summary(scores, names, function):
-    """What `run_test` says of a `function` of the columns `names`; `scores` are those of its three networks."""
+    """The entry of one metric in `run_test`, `function` of the columns `names`; None if no image has them.
+
+    `scores` are of its three networks.
+    """
     if not all(name in scores[0] for name in names):
         return None
     known = ~np.isnan([scores[0][name] for name in names]).any(axis=0)

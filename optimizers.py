@@ -101,8 +101,8 @@ def make_schedule(optimizer, total_steps):
 def make_average(model, total_steps, share):
     """The exponential moving average of the weights, which is what is evaluated.
 
-    Its window is `share` of the run, at most 1,000 steps; at first the last ninth of the steps done, so that the random
-    initial weights fade soon.
+    Its window is `share` of the run, at most 1,000 steps. At first it is shorter, a ninth of the steps done so far, so
+    that the random initial weights fade soon.
     """
     decay = max(0, min(0.999, 1 - 1 / (share * total_steps)))
 

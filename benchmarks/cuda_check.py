@@ -6,10 +6,10 @@ Without a GPU it says so in one line. With one, it draws 400 pets and
 
     tests       runs tests/test_cuda.py
     losses      compares the losses of the first steps with those on the CPU, in float32 without TF32
-    resume      stops a run in the middle and resumes it, with workers: its weights at the end may differ from those of
-                a run that was not stopped by ten times what those of two such runs differ by, which can be zero
-    throughput  images a second of training at 256 x 256 with 0 to 8 workers, to those on a batch that stays on the GPU
-    memory      the peak of the GPU's memory in bfloat16, to that in float32
+    resume      stops a run in the middle and resumes it, with workers. Two runs that are not stopped differ in their
+                weights by some noise, or not at all; the resumed one may differ by ten times that
+    throughput  images a second of training at 256 x 256 with 0 to 8 workers, relative to a batch that stays on the GPU
+    memory      the peak of the GPU's memory in bfloat16, relative to float32
 
 A part that fails is told and stops no other; the exit status is 1 then. Expect six minutes at most. --out gets
 cuda_check.json and cuda_check.txt, which is what is printed.

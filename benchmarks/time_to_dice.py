@@ -7,7 +7,7 @@ Trains the original's network with the original's training and with ours (loss, 
 optimiser, schedule, moving average), smp's Unet with our training, and ours, only masks and all tasks, from scratch
 and with an ImageNet encoder. All have the same images, layout and threads, and bfloat16 where the CPU has it.
 
-A run is one full cycle of the learning rate, of as many steps as fit into --minutes, which short runs tell. Dice is
+A run is one full cycle of the learning rate, of as many steps as fit into --minutes, as timed in short runs. Dice is
 that of evaluation.py on the validation split, --points times, at equal numbers of steps, and the clock stops meanwhile.
 The test split is not used.
 
@@ -65,7 +65,7 @@ def train_epoch(run):
 
 
 def steps_that_fit(contender, config, seconds):
-    """Steps of an epoch with which a run of `config.epochs` takes about `seconds`; runs of short epochs tell."""
+    """Steps of an epoch with which a run of `config.epochs` takes about `seconds`, as timed in shorter runs."""
     steps, spent = 0, 0
     while spent < seconds / 20:
         steps = max(1, 2 * steps)

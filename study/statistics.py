@@ -54,7 +54,7 @@ def bootstrap_means(parts, draws, seed):
 
 
 def holm(p_values):
-    """p-values -> the same corrected for their number (Holm 1979); one that is not there yet, NaN, counts as 1."""
+    """p-values -> the same corrected for their number (Holm 1979); NaN, of a run to come, counts as 1."""
     return multipletests(np.nan_to_num(p_values, nan=1), method='holm')[1].tolist()
 
 
