@@ -184,7 +184,7 @@ def print_test(model, path, data, reported):
     dataset, cpu = MTLDataset('test', root=data), torch.device('cpu')
     for what in 'class_names', 'image_size':
         if getattr(dataset.split, what) != getattr(model, what):
-            raise InputError(f'{data}: its {what} are not those of the model')
+            raise InputError(f"{data}: the {what} of its test split differ from the model's")
     columns = [evaluate(model, dataset, cpu), evaluate(FromFile(path), dataset, cpu)]
     titles = ['the model', 'the file']
     if reported:

@@ -474,6 +474,12 @@ def test_opening_reads_no_mask(data):
         dataset[0]
 
 
+def test_the_species_of_a_class_without_test_images_is_known_from_training(data):
+    change_h5(data / 'test' / 'breeds.h5', lambda labels: np.where(labels == 7, 2, labels))
+    assert MTLDataset('test', root=data).split.class_species[7] is None
+    assert load_splits(data, ['class'])['test'].dataset.split.class_species[7] == 'dog'
+
+
 def test_images_without_a_label_for_the_network_are_not_used_and_masks_can_be_left_out(shared_data):
     splits = load_splits(shared_data, ['mask'], masks=6)
     kept = splits['train'].indices

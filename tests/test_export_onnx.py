@@ -214,10 +214,35 @@ def test_page_stays_as_it_was_if_its_model_differs(tmp_path, no_export, monkeypa
     assert [each.name for each in site.iterdir()] == ['index.html'] and (site / 'index.html').read_text() == 'old'
 
 
-def test_runtime_without_page_is_refused(capsys):
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        ('--runtime dist', '--runtime is for --web'),
+        ('--web site --test data', '--test is for --out'),
+        ('--reported metrics.json', '--reported is for --test'),
+    ],
+)
+def test_options_without_those_they_are_for_are_refused(options, message, capsys):
     with pytest.raises(SystemExit):
-        export_onnx.main(['--runtime', 'dist'])
-    assert 'error: --runtime is for --web' in capsys.readouterr().err
+        export_onnx.main(options.split())
+    assert f'error: {message}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('content', ['no json', '[]', '{"validation": {}}', '{"test": {"dice": 0.5}}'])
+def test_reported_metrics_that_are_none_are_one_line_before_the_export(content, tmp_path, error_line):
+    path, metrics = write_model(tmp_path / 'model.pt', BoxNet), tmp_path / 'metrics.json'
+    metrics.write_text(content)
+    options = '--out', tmp_path / 'a.onnx', '--test', tmp_path, '--reported', metrics
+    assert 'metrics.json: is not the metrics.json of a run' in error_line(export_onnx.main, '--model', path, *options)
+    assert not (tmp_path / 'a.onnx').exists()
+
+
+def test_a_test_split_of_another_size_is_one_line(original_files, tmp_path, export_once, error_line):
+    data = original_files()
+    data_rechunk.rechunk(data)
+    path = write_model(tmp_path / 'model.pt', MTLNet, names=['cat', 'dog'])
+    line = error_line(export_onnx.main, '--model', path, '--out', tmp_path / 'a.onnx', '--test', data)
+    assert line.endswith("the image_size of its test split differ from the model's")
 
 
 def test_the_file_has_the_metrics_of_the_model_on_a_test_split(original_files, tmp_path, export_once, capsys):
