@@ -177,6 +177,9 @@ def to_srgb(image):
         if isinstance(clear, int):
             alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
         image = Image.fromarray((values * grey_scale(image, values.max())).clip(0, 255).astype(np.uint8))
+    elif isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, where Pillow reads the upper 8
+        image = image.copy()
+        image.info['transparency'] = tuple(value >> 8 for value in clear)
     if 'A' in image.mode or 'a' in image.mode or 'transparency' in image.info:
         image = image.convert('RGBA')
         alpha = image.getchannel('A')

@@ -78,6 +78,16 @@ def test_a_photograph_is_upright_also_if_other_tags_are_impossible(orientation):
     assert np.array_equal(read_photograph(with_chunk(encoded(image, 'PNG'), (b'eXIf', exif), BOMB)), NOISE)
 
 
+def test_the_transparent_colour_of_a_png_of_16_bits_is_transparent():
+    pixels = np.full((8, 8, 3), 40_000, '>u2')
+    pixels[:4] = 1000, 2000, 3000
+    rows = zlib.compress(b''.join(b'\0' + row.tobytes() for row in pixels))
+    header, colour = struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0), struct.pack('>HHH', 1000, 2000, 3000)
+    chunks = (b'IHDR', header), (b'tRNS', colour), (b'IDAT', rows), (b'IEND', b'')
+    found = read_photograph(PNG[:8] + b''.join(chunk(*each) for each in chunks))
+    assert [found.getpixel((0, y))[3] for y in (0, 7)] == [0, 255]
+
+
 def test_a_jpeg_without_its_last_bytes_is_read():
     found = np.asarray(read_photograph(JPEG[:-40]))
     assert np.array_equal(found[:12], np.asarray(read_photograph(JPEG))[:12])
