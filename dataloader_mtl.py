@@ -138,6 +138,22 @@ def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
     return new_images, new_boxes, new_masks
 
 
+def remove_pets(images, boxes, labels, masks, share):
+    """Take the pet out of a random share of the images, so that the network sees some without one.
+
+    Args as `zoom_out`, and labels (N,) int64. Only pets on less than half of the image are removed, by `fill_in`.
+
+    Returns the four, changed, as copies: an empty mask, and no box and label.
+    """
+    images, boxes, labels, masks = (each.clone() for each in (images, boxes, labels, masks))
+    covered = masks.flatten(1).float().mean(dim=1)  # of unknown pixels, more than 1
+    chosen = (torch.rand(len(images)) < share) & (covered < 0.5)
+    for row in torch.nonzero(chosen).flatten().tolist():
+        images[row] = fill_in(images[row : row + 1], 1 - masks[row : row + 1].float())[0]
+        boxes[row], labels[row], masks[row] = torch.nan, -1, 0
+    return images, boxes, labels, masks
+
+
 class RandomCropFlip:
     """The augmentation of training: a random crop, resized to (height, width), and a horizontal flip.
 
@@ -216,7 +232,8 @@ class MTLDataset(Dataset):
             Normalisation comes after it.
         root: the folder with train/, val/ and test/.
         jitter: strength of `colour_jitter` after the transform, in [0, 1).
-        zoom_out, poor_light: shares of the images that the functions of these names change after that, 0 to 1.
+        zoom_out, remove_pets, poor_light: shares of the images that the functions of these names change after that,
+            in this order, 0 to 1.
 
     Attributes:
         folder: Path of the split.
@@ -227,9 +244,11 @@ class MTLDataset(Dataset):
     meantime the files may be replaced by ones of the same preparation, as data_rechunk.py does.
     """
 
-    def __init__(self, type='train', transform=None, root='datasets/data_new', jitter=0, zoom_out=0, poor_light=0):
-        self.folder = Path(root) / type
-        self.transform, self.jitter, self.zoom_out, self.poor_light = transform, jitter, zoom_out, poor_light
+    def __init__(
+        self, type='train', transform=None, root='datasets/data_new', jitter=0, zoom_out=0, remove_pets=0, poor_light=0
+    ):
+        self.folder, self.transform, self.jitter = Path(root) / type, transform, jitter
+        self.zoom_out, self.remove_pets, self.poor_light = zoom_out, remove_pets, poor_light
         self.split = read_split(self.folder)
         self._readers, self._pid = {}, None
 
@@ -243,12 +262,13 @@ class MTLDataset(Dataset):
         images, boxes, masks = self.read(index)
         if self.transform is not None:
             images, boxes, masks = self.transform(images, boxes, masks)
-        boxes = self._relative(boxes, *images.shape[-2:])
-        if self.jitter or self.zoom_out or self.poor_light:
+        boxes, labels = self._relative(boxes, *images.shape[-2:]), torch.from_numpy(self.split.labels[index])
+        if self.jitter or self.zoom_out or self.remove_pets or self.poor_light:
             images = colour_jitter(images, self.jitter)
             images, boxes, masks = zoom_out(images, boxes, masks, self.zoom_out)
+            images, boxes, labels, masks = remove_pets(images, boxes, labels, masks, self.remove_pets)
             images = poor_light(images, self.poor_light)
-        return Sample(normalise(images), boxes, torch.from_numpy(self.split.labels[index]), masks)
+        return Sample(normalise(images), boxes, labels, masks)
 
     def read(self, indices):
         """As stored: images (N, 3, H, W), uint8 or float32 in [0, 1], boxes (N, 4) float32 in pixels and uint8

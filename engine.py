@@ -17,7 +17,7 @@ import argparse
 import time
 import zlib
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -64,6 +64,7 @@ class Config:
     encoder: str = 'unet'
     encoder_weights: str = 'none'
     encoder_lr: float | None = None  # None: `encoder_lr_share` of `lr`
+    start: str | None = None  # a model file
     seed: int = 0
     device: str = 'auto'
     workers: int | None = None  # None: of DEFAULT_WORKERS
@@ -75,6 +76,7 @@ class Config:
     crop: tuple = (0.25, 1.0)  # smallest and largest area of a crop, as a share of the image's
     jitter: float = 0.3  # see `colour_jitter`
     zoom_out: float = 0.25  # share of the images, see `zoom_out`
+    remove_pets: float = 0.05  # share of the images, see `remove_pets`
     poor_light: float = 0.25  # share of the images, see `poor_light`
     muon: bool = True  # whether Muon trains the convolutions, or AdamW
     weight_decay: float = 0.05
@@ -89,12 +91,19 @@ class Config:
     @classmethod
     def from_args(cls, args):
         """The Config of parsed options; raises InputError for weights that the encoder does not take."""
-        weights = args.encoder_weights or ('none' if args.encoder == 'unet' else 'imagenet')
-        if args.encoder == 'unet' and weights == 'imagenet':
-            raise InputError('--encoder-weights imagenet: --encoder unet has none; give a timm encoder, too')
+        weights = args.encoder_weights or ('none' if args.encoder == 'unet' or args.start else 'imagenet')
+        if args.encoder == 'unet' and weights != 'none':
+            raise InputError(f'--encoder-weights {weights}: --encoder unet has none; give a timm encoder, too')
         options = {each.name: getattr(args, each.name) for each in fields(cls) if hasattr(args, each.name)}
-        recipe = PRETRAINED if args.encoder != 'unet' and weights != 'none' else {}
-        return cls(**{**options, **recipe, 'encoder_weights': weights})
+        config = cls(**{**options, 'encoder_weights': weights})
+        if config.pretrained:
+            config = replace(config, **PRETRAINED)
+        return replace(config, sizes=config.sizes[-1:]) if config.start else config
+
+    @property
+    def pretrained(self):
+        """Whether the encoder is one of timm that has learned from other images."""
+        return self.encoder != 'unet' and (self.encoder_weights != 'none' or self.start is not None)
 
 
 # What differs in the recipe for an encoder that has learned from other images.
@@ -118,11 +127,10 @@ def training_parser(description, out):
     add('--lr', type=positive_number, default=Config.lr, help='highest learning rate (default: %(default)s)')
     encoder_help = "'unet', from scratch, or a timm model, such as tf_efficientnet_lite0 (default: %(default)s)"
     add('--encoder', default=Config.encoder, metavar='NAME', help=encoder_help)
-    weights_help = (
-        "initial weights of the encoder: 'imagenet' (the default of a timm model), 'none' or a file: a state dict for "
-        'a timm model, a model file of these scripts for unet'
-    )
+    weights_help = "of a timm encoder at first: 'imagenet' (the default), 'none' or a file, its state dict"
     add('--encoder-weights', metavar='WEIGHTS', help=weights_help)
+    start_help = 'start from a model file of these scripts, such as mtl_model.pt: from each weight that fits'
+    add('--start', metavar='FILE', help=start_help)
     lr_help = 'learning rate of the encoder (default: --lr, a fifth of it for a timm model with weights)'
     add('--encoder-lr', type=positive_number, metavar='LR', help=lr_help)
     add('--seed', type=whole_number(0), default=Config.seed, help='random seed of the run (default: %(default)s)')
@@ -188,7 +196,8 @@ def train_one_epoch(run, before_step=lambda: None):
     size = training_size(epoch, config.epochs, train_set.split.image_size, config.sizes)
     train_set.transform = RandomCropFlip(*size, config.crop)
     train_set.jitter = config.jitter
-    train_set.zoom_out, train_set.poor_light = config.zoom_out, config.poor_light
+    for name in 'zoom_out', 'remove_pets', 'poor_light':
+        setattr(train_set, name, getattr(config, name))
     batches = run.draw(epoch)
     total_samples, done = batches.count(len(batches)), batches.count(run.steps)
     title = f'epoch {epoch}/{config.epochs}'
@@ -239,20 +248,21 @@ def make_model(network, n_classes, config, read_weights=True):
     Without `read_weights`, it starts at random: a checkpoint follows.
     """
     weights = config.encoder_weights if read_weights else 'none'
-    if config.encoder == 'unet':
-        model = network(n_classes=n_classes)
-        if weights != 'none':
-            source = load_model(weights)
-            if source.encoder_name != 'unet':
-                raise InputError(
-                    f'{weights}: its encoder is {source.encoder_name}; --encoder unet takes one of its own kind'
-                )
-            model.encoder.load_state_dict(source.encoder.state_dict())
-        return model
     model = network(n_classes=n_classes, encoder=config.encoder, encoder_weights=weights)
-    if config.encoder_weights != 'none':
+    if config.start and read_weights:
+        copy_weights(config.start, model)
+    if config.pretrained:
         model.encoder.freeze_shallow()
     return model
+
+
+def copy_weights(path, model):
+    """Give a network those weights of a model file that fit: another network's, or without the other classes' layer."""
+    source, state = load_model(path), model.state_dict()
+    if source.encoder_name != model.encoder_name:
+        raise InputError(f'{path}: its encoder is {source.encoder_name}; give --encoder {source.encoder_name}')
+    found = {name: each for name, each in source.state_dict().items() if name in state}
+    model.load_state_dict(state | {name: each for name, each in found.items() if each.shape == state[name].shape})
 
 
 def selection_metric(row):

@@ -113,7 +113,8 @@ class OriginalRun(engine.Run):
     def draw(self, epoch):
         """The batches of an epoch, without the augmentation that train_one_epoch has just chosen."""
         dataset = self.splits['train'].dataset
-        dataset.transform, dataset.jitter, dataset.zoom_out, dataset.poor_light = None, 0, 0, 0
+        dataset.transform = None
+        dataset.jitter = dataset.zoom_out = dataset.remove_pets = dataset.poor_light = 0
         return super().draw(epoch)
 
 

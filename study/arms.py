@@ -26,6 +26,7 @@ RECIPE = engine.Config(
     sizes=((1, 1),),
     crop=(0.4, 1.0),
     zoom_out=0,
+    remove_pets=0,
     poor_light=0,
     bfloat16=False,
     resume='auto',
@@ -138,6 +139,6 @@ def train_run(key, data, folder, device, **changes):
     half, start = config.epochs // 2, folder / 'first'
     first = replace(config, out=str(start), epochs=half, images_of=RECIPE.images_of)
     first = engine.train(ClassBoxNet, WeightedLoss.equal(ClassBoxNet.tasks), first)
-    second = replace(config, epochs=config.epochs - half, encoder_weights=str(start / 'best.pt'))
+    second = replace(config, epochs=config.epochs - half, start=str(start / 'best.pt'))
     second = engine.train(arm.network, loss, second)
     return second | {'training_seconds': first['training_seconds'] + second['training_seconds']}
