@@ -27,6 +27,7 @@ from dataloader_mtl import (
     load_splits,
     normalise,
     poor_light,
+    remove_pets,
     split_batches,
     training_size,
     zoom_out,
@@ -382,15 +383,30 @@ def test_zoom_out_moves_a_smaller_pet_with_mask_and_box_to_the_background_of_the
         assert torch.equal(new[2:], old[2:])  # its next image's mask is unknown, or its own
 
 
-def test_zoom_out_and_poor_light_change_a_share_of_the_images():
+def test_zoom_out_remove_pets_and_poor_light_change_a_share_of_the_images():
     images, boxes, masks = (each[:1].repeat(400, *(each.ndim - 1) * [1]) for each in red_squares())
     seed_everything(0)
     changed = (zoom_out(images, boxes, masks, share=0.25)[2] != masks).flatten(1).any(dim=1)
     assert 70 < changed.sum() < 130
+    labels = torch.zeros(400, dtype=torch.int64)
+    assert 70 < (remove_pets(images, boxes, labels, masks, share=0.25)[2] < 0).sum() < 130
     found = poor_light(images, share=0.25)
     changed = (found != images).flatten(1).any(dim=1)
     assert 70 < changed.sum() < 130 and (found[changed].mean(dim=(1, 2, 3)) <= images.mean() + 0.01).all()
     assert (found[changed].mean(dim=(1, 2, 3)) < images.mean() / 2).sum() > 10
+
+
+def test_remove_pets_leaves_background_without_labels():
+    images, boxes, masks = red_squares()
+    masks[2] = 0
+    masks[2, :, :40] = 1  # more than half of the image
+    seed_everything(0)
+    found = remove_pets(images, boxes, torch.arange(4), masks, share=1)
+    for new, old in zip(found, (images, boxes, torch.arange(4), masks)):
+        assert torch.equal(new[2:], old[2:])  # too large, and unknown
+    new_images, new_boxes, new_labels, new_masks = found
+    torch.testing.assert_close(new_images[:2], images[:2, :, :1, :1].expand(2, 3, 64, 64))
+    assert new_boxes[:2].isnan().all() and new_labels[:2].tolist() == [-1, -1] and not new_masks[:2].any()
 
 
 def test_what_fill_in_fills_in_comes_from_around():
@@ -403,11 +419,13 @@ def test_what_fill_in_fills_in_comes_from_around():
     assert fill_in(images, torch.zeros_like(keep)).isfinite().all()
 
 
-def test_a_dataset_zooms_out_and_darkens(shared_data):
+def test_a_dataset_zooms_out_removes_pets_and_darkens(shared_data):
     plain = MTLDataset('train', root=shared_data)[[0, 1]]
     small = MTLDataset('train', root=shared_data, zoom_out=1)[[0, 1]]
     dark = MTLDataset('train', root=shared_data, poor_light=1)[[0, 1]]
+    empty = MTLDataset('train', root=shared_data, remove_pets=1)[[0, 1]]
     assert small.mask.sum() < plain.mask.sum() and torch.equal(dark.mask, plain.mask)
+    assert not empty.mask.any() and empty.bbox.isnan().all() and empty.label.tolist() == [-1, -1]
     assert dark.image.mean() < plain.image.mean()
 
 

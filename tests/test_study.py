@@ -78,7 +78,7 @@ def test_sequential_trains_class_and_box_on_all_images_and_then_the_masks_in_as_
     assert [first[0].tasks, second[0].tasks] == [('class', 'box'), ('mask',)]
     assert first[2].epochs + second[2].epochs == expected.epochs
     assert first[2] == replace(expected, out='out/first', epochs=expected.epochs // 2, masks=200)
-    changes = {'epochs': second[2].epochs, 'masks': 200, 'images_of': ('mask',), 'encoder_weights': 'out/first/best.pt'}
+    changes = {'epochs': second[2].epochs, 'masks': 200, 'images_of': ('mask',), 'start': 'out/first/best.pt'}
     assert second[2] == replace(expected, **changes)
 
 

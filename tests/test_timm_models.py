@@ -193,34 +193,42 @@ def test_packaged_weights_are_those_of_the_encoder():
     assert same_bits(*states)  # nothing is left at random
 
 
-def test_own_encoder_starts_from_that_of_a_model_file(shared_data, finished_run, tmp_path):
-    options = '--encoder-weights', finished_run / 'best.pt', '--epochs', 1, '--lr', 1e-12
-    train(shared_data, tmp_path, *options, network=models.UNet)
-    first, last = (load_model(folder / 'best.pt').encoder.state_dict() for folder in (finished_run, tmp_path))
-    assert all(torch.equal(first[name], last[name]) for name in first if name.endswith('conv.weight'))
+def test_training_starts_from_the_weights_of_a_model_file_that_fit(shared_data, finished_run, tmp_path):
+    path = tmp_path / 'model.pt'
+    source = MTLNet(n_classes=3, encoder=SMALL)
+    save_checkpoint(path, model_content(source, list('abc'), [None] * 3, (64, 64)))
+    for start, network, options in (finished_run / 'best.pt', models.UNet, ()), (path, MTLNet, ('--encoder', SMALL)):
+        out = tmp_path / network.__name__
+        train(shared_data, out, *options, '--start', start, '--epochs', 1, '--lr', 1e-12, network=network)
+        first, last = load_model(start).state_dict(), load_model(out / 'best.pt').state_dict()
+        convolutions = [name for name in last if last[name].ndim == 4]
+        assert any(name.startswith('mask_decoder') for name in convolutions), convolutions
+        assert all(torch.equal(first[name], last[name]) for name in convolutions)
 
 
-def test_own_encoder_takes_no_other_encoders_weights(shared_data, tmp_path, error_line):
-    path, options = tmp_path / 'model.pt', training_options(shared_data, tmp_path / 'run', '--encoder-weights')
+def test_start_and_weights_that_do_not_fit_the_encoder_are_refused(shared_data, tmp_path, error_line):
+    path, options = tmp_path / 'model.pt', training_options(shared_data, tmp_path / 'run')
     save_checkpoint(path, model_content(MTLNet(n_classes=8, encoder=SMALL), list('abcdefgh'), [None] * 8, (64, 64)))
-    line = error_line(train_baseline.main, *options, path)
-    assert f'model.pt: its encoder is {SMALL}; --encoder unet takes one of its own kind' in line
-    line = error_line(train_baseline.main, *options, 'imagenet')
+    line = error_line(train_baseline.main, *options, '--start', path)
+    assert line.endswith(f'model.pt: its encoder is {SMALL}; give --encoder {SMALL}')
+    line = error_line(train_baseline.main, *options, '--encoder-weights', 'imagenet')
     assert line == 'error: --encoder-weights imagenet: --encoder unet has none; give a timm encoder, too'
 
 
 @pytest.mark.parametrize(
-    'options, weights, muon',
+    'options, weights, muon, sizes',
     [
-        ((), 'none', True),
-        (('--encoder', SMALL), 'imagenet', False),
-        (('--encoder', SMALL, '--encoder-weights', 'none'), 'none', True),
-        (('--encoder-weights', 'best.pt'), 'best.pt', True),
+        ((), 'none', True, 3),
+        (('--encoder', SMALL), 'imagenet', False, 2),
+        (('--encoder', SMALL, '--encoder-weights', 'none'), 'none', True, 3),
+        (('--start', 'best.pt'), 'none', True, 1),
+        (('--encoder', SMALL, '--start', 'best.pt'), 'none', False, 1),
     ],
 )
-def test_recipe_is_that_of_the_encoder_and_its_weights(options, weights, muon):
+def test_recipe_is_that_of_the_encoder_and_its_weights(options, weights, muon, sizes):
     config = engine.Config.from_args(engine.training_parser('', out='').parse_args(options))
-    assert (config.encoder_weights, config.muon) == (weights, muon)
+    assert (config.encoder_weights, config.muon, len(config.sizes)) == (weights, muon, sizes)
+    assert config.sizes[-1] == (1, 3 / 4)
 
 
 # ---- what is refused
