@@ -1,7 +1,7 @@
 # All but cuda-check set up .venv first. Another interpreter: make demo PYTHON=python3.12
 #   make demo    the whole way through on drawn pets, in a few minutes
 #   make test    the tests, in a few minutes on two cores
-#   make check   the tests and what takes longer: kills, damaged files, failed writes, memory
+#   make check   the tests and what takes longer: the web page, kills, damaged files, failed writes, memory
 #   make lint    ruff: style and format
 #   make cuda-check   what needs a GPU, with the packages that python3 has: no installation
 

@@ -248,7 +248,8 @@ def make_model(network, n_classes, config, read_weights=True):
     Without `read_weights`, it starts at random: a checkpoint follows.
     """
     weights = config.encoder_weights if read_weights else 'none'
-    model = network(n_classes=n_classes, encoder=config.encoder, encoder_weights=weights)
+    timm = {} if config.encoder == 'unet' else {'encoder': config.encoder, 'encoder_weights': weights}
+    model = network(n_classes=n_classes, **timm)
     if config.start and read_weights:
         copy_weights(config.start, model)
     if config.pretrained:

@@ -171,6 +171,7 @@ def test_two_processes_train_one_model_and_report_its_metrics(shared_data, tmp_p
         assert entries(last['history'][-1], 'val_') == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_signal_to_one_of_two_processes_stops_both_after_the_step_and_both_go_on(shared_data, tmp_path):
     def run(name, *more, stop_at=None):
         step, count = torch.optim.AdamW.step, itertools.count(1)

@@ -52,17 +52,16 @@ def stop_run(shared_data, monkeypatch):
 
 
 def test_resume_is_bit_exact(shared_data, tmp_path, monkeypatch):
-    """In the middle of the first epoch and after its last step, with a worker.
+    """In the middle of the first epoch, with a worker, and after its last step.
 
     Dropout, augmentation and learned weights are part of it.
     """
 
-    def run(name, *more):
-        options = '--workers', 1, *more
+    def run(name, *options):
         train(shared_data, tmp_path / name, *options, weighting=UncertaintyLoss(MTLNet.tasks))
 
     run('whole')
-    for here, steps, more in (2, 2, ()), (1, 3, ('--resume',)):
+    for here, steps, more in (2, 2, ('--workers', 1)), (1, 3, ('--resume',)):
         with monkeypatch.context() as patch:
             stop_at_step(patch, signal.SIGTERM, here)
             with pytest.raises(Stopped, match='continue with the same command and --resume') as stopped:

@@ -25,7 +25,7 @@ from support.cli import one_line
 from support.images import ORIENTATION
 from support.synthetic_pets import draw_pet
 
-pytestmark = pytest.mark.xdist_group('browser')  # one session for all tests
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('browser')]  # one session for all tests
 PACKAGE = 'onnxruntime-web@1.30.0'
 PATIENCE = 300  # seconds
 
