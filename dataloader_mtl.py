@@ -100,6 +100,11 @@ def fill_in(images, keep):
     return images
 
 
+def all_known(masks):
+    """(N, 1, H, W) uint8 -> (N,) bool: whether every pixel of the mask is known."""
+    return (masks != MASK_UNKNOWN).flatten(1).all(dim=1)
+
+
 def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
     """Move the pets of a random share of the images, smaller, to the backgrounds of other images of the batch.
 
@@ -116,7 +121,7 @@ def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
     Returns the three, changed, as copies.
     """
     height, width = images.shape[-2:]
-    known = (masks != MASK_UNKNOWN).all(dim=3).all(dim=2)[:, 0]
+    known = all_known(masks)
     chosen = known & known.roll(-1) & (torch.rand(len(images)) < share)
     new_images, new_boxes, new_masks = images.clone(), boxes.clone(), masks.clone()
     for row in torch.nonzero(chosen).flatten().tolist():
@@ -146,8 +151,8 @@ def remove_pets(images, boxes, labels, masks, share):
     Returns the four, changed, as copies: an empty mask, and no box and label.
     """
     images, boxes, labels, masks = (each.clone() for each in (images, boxes, labels, masks))
-    covered = masks.flatten(1).float().mean(dim=1)  # of unknown pixels, more than 1
-    chosen = (torch.rand(len(images)) < share) & (covered < 0.5)
+    covered = masks.flatten(1).float().mean(dim=1)
+    chosen = (torch.rand(len(images)) < share) & all_known(masks) & (covered < 0.5)
     for row in torch.nonzero(chosen).flatten().tolist():
         images[row] = fill_in(images[row : row + 1], 1 - masks[row : row + 1].float())[0]
         boxes[row], labels[row], masks[row] = torch.nan, -1, 0

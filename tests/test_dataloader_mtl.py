@@ -409,6 +409,13 @@ def test_remove_pets_leaves_background_without_labels():
     assert new_boxes[:2].isnan().all() and new_labels[:2].tolist() == [-1, -1] and not new_masks[:2].any()
 
 
+def test_remove_pets_leaves_a_mask_with_an_unknown_pixel():
+    images, boxes, masks = (each[:1] for each in red_squares())
+    masks[0, 0, 0, 0] = 255
+    found = remove_pets(images, boxes, torch.zeros(1, dtype=torch.int64), masks, share=1)
+    assert torch.equal(found[0], images) and torch.equal(found[3], masks)
+
+
 def test_what_fill_in_fills_in_comes_from_around():
     images = torch.linspace(0, 1, 48).expand(1, 3, 48, 48).clone()
     keep = torch.ones(1, 1, 48, 48)
