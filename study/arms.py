@@ -13,22 +13,20 @@ from models import AblatedNet, AblatedNet2, BoxNet, ClassBoxNet, ClassNet, MTLNe
 from oeq_weighting import FIXED, weighting
 from utils import WeightedLoss
 
-EPOCHS, STEPS = 10, 100  # of every run: validations, and steps from one to the next
+EPOCHS, STEPS = 4, 120  # of every run: validations, and steps from one to the next
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates
 FIRST_RATES = 2, 5  # the part of RATES that is tried first, see `results.search_rates`
 
-# The recipe of the training scripts, at the size of the images throughout, with milder augmentation for its length,
-# and in float32, so that all machines train alike.
+# The recipe of the training scripts, with milder augmentation for its length.
 RECIPE = engine.Config(
     epochs=EPOCHS,
     steps=STEPS,
     images_of=MTLNet.tasks,
-    sizes=((1, 1),),
+    sizes=((1 / 2, 1 / 2), (1, 3 / 4)),
     crop=(0.4, 1.0),
     zoom_out=0,
     remove_pets=0,
     poor_light=0,
-    bfloat16=False,
     resume='auto',
 )
 IMAGENET = {
@@ -71,6 +69,11 @@ MAIN = {
     'class': Arm('class only', ClassNet, rate_of='class'),
     'box': Arm('box only', BoxNet, rate_of='box'),
 }
+LONGER = {
+    'unet-twice': Arm(
+        'mask only, twice the steps', UNet, references=('unet',), rate_of='unet', config={'epochs': 2 * EPOCHS}
+    ),
+}
 FEW_MASKS = {
     **few_masks(50),
     **few_masks(200),
@@ -95,7 +98,7 @@ WEIGHTINGS = {
     name: Arm(f'all tasks, weights {name}', MTLNet, references=('mtl',), weights=name)
     for name in (*FIXED, 'uncertainty')
 }
-PARTS = ((MAIN, 5), (FEW_MASKS, 3), (ENCODER_AND_SEED, 3), (WEIGHTINGS, 3))  # (arms, number of folds), in this order
+PARTS = ((MAIN, 5), (LONGER, 1), (FEW_MASKS, 3), (ENCODER_AND_SEED, 3), (WEIGHTINGS, 3))  # (arms, number of folds), in this order
 ARMS = {name: arm for arms, _ in PARTS for name, arm in arms.items()}
 
 METRIC = {'mask': 'dice', 'class': 'accuracy', 'box': 'box_iou'}  # of utils.METRICS, the one that a task is judged by

@@ -12,7 +12,7 @@ from utils import METRICS
 KEY = list(RunKey._fields)
 RUN_COLUMNS = [
     *KEY,
-    *('masks', 'best_epoch', 'minutes', 'commit', 'device', 'cpu', 'threads', 'torch'),
+    *('masks', 'best_epoch', 'minutes', 'commit', 'device', 'cpu', 'precision', 'threads', 'torch'),
     *(f'{kind}_{name}' for kind in ('val', 'test', 'constant') for name in METRICS),
     'learned_weighting',
 ]
@@ -31,6 +31,7 @@ def write_result(key, metrics, folder):
             'commit': config['commit'],
             'device': config['device'],
             'cpu': metrics['machine']['cpu'],
+            'precision': config['precision'],
             'threads': config['threads'],
             'torch': metrics['versions']['torch'],
             **{f'val_{name}': metrics['validation'].get(name) for name in METRICS},
