@@ -72,7 +72,7 @@ MAIN = {
 LONGER = {
     'unet-twice': Arm(
         'mask only, twice the steps', UNet, references=('unet',), rate_of='unet', config={'epochs': 2 * EPOCHS}
-    ),
+    )
 }
 FEW_MASKS = {
     **few_masks(50),
@@ -98,7 +98,8 @@ WEIGHTINGS = {
     name: Arm(f'all tasks, weights {name}', MTLNet, references=('mtl',), weights=name)
     for name in (*FIXED, 'uncertainty')
 }
-PARTS = ((MAIN, 5), (LONGER, 1), (FEW_MASKS, 3), (ENCODER_AND_SEED, 3), (WEIGHTINGS, 3))  # (arms, number of folds), in this order
+# (arms, number of folds), in this order
+PARTS = ((MAIN, 5), (LONGER, 1), (FEW_MASKS, 3), (ENCODER_AND_SEED, 3), (WEIGHTINGS, 3))
 ARMS = {name: arm for arms, _ in PARTS for name, arm in arms.items()}
 
 METRIC = {'mask': 'dice', 'class': 'accuracy', 'box': 'box_iou'}  # of utils.METRICS, the one that a task is judged by
