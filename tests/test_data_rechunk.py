@@ -6,19 +6,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from conftest import assert_full_disk_leaves_files, damage_sample, read_h5, run_in_child
+from conftest import assert_full_disk_leaves_files, damage_sample, read_h5
 
-import data_prepare
 import data_rechunk
 from data_rechunk import main, rechunk_file
 from support.cli import InputError
-from support.hdf5 import is_rechunked, read_text
-from support.splits import read_split
+from support.hdf5 import read_text
 
 
 @pytest.fixture
@@ -27,8 +26,8 @@ def train_files(original_files):
 
     def make(**options):
         root = original_files(**options)
-        for split in 'val', 'test':
-            shutil.rmtree(root / split)
+        shutil.rmtree(root / 'val')
+        shutil.rmtree(root / 'test')
         return root
 
     return make
@@ -58,14 +57,12 @@ def images(count=20, size=(48, 40), dtype='uint8', seed=0):
     'layout, dtype',
     [
         ({}, 'uint8'),
-        ({'chunks': True}, 'float32'),
         ({'chunks': (7, 16, 16, 1), 'compression': 'gzip'}, 'float32'),
-        ({'chunks': (20, 48, 40, 3)}, '>f8'),
-        ({'chunks': (1, 48, 40, 3)}, 'int64'),
-        ({'chunks': (3, 5, 7, 2), 'compression': 'lzf', 'shuffle': True}, 'uint8'),
+        ({'chunks': (20, 48, 40, 3)}, 'uint8'),
     ],
+    ids=['contiguous', 'parts of images', 'more images than a slab'],
 )
-def test_any_layout_and_type_becomes_one_uint8_sample_a_chunk(tmp_path, layout, dtype):
+def test_any_layout_and_type_becomes_one_uint8_sample_a_chunk(tmp_path, small_slabs, layout, dtype):
     values = images(dtype=dtype)
     path = write(tmp_path / 'images.h5', values, **layout)
     before = path.stat().st_size
@@ -77,17 +74,6 @@ def test_any_layout_and_type_becomes_one_uint8_sample_a_chunk(tmp_path, layout, 
     assert path.stat().st_size < 1.2 * before  # two names, stored once
 
 
-@pytest.mark.parametrize(
-    'chunks, dtype', [((64, 8, 8, 1), 'float32'), ((64, 48, 40, 3), 'uint8'), ((50, 16, 40, 2), 'uint8')]
-)
-def test_chunks_that_span_more_images_than_a_slab(tmp_path, small_slabs, chunks, dtype):
-    values = images(64, dtype=dtype)
-    path = write(tmp_path / 'images.h5', values, chunks=chunks)
-    rechunk_file(path)
-    np.testing.assert_array_equal(read(path), values)
-    assert set(os.listdir(tmp_path)) <= {'images.h5', '.lock'}
-
-
 def assert_refused(path, message):
     before = path.read_bytes()
     with pytest.raises(InputError, match=message):
@@ -95,31 +81,28 @@ def assert_refused(path, message):
     assert path.read_bytes() == before and set(os.listdir(path.parent)) <= {path.name, '.lock'}
 
 
-@pytest.mark.parametrize(
-    'stem, dtype, value',
-    [('images', *each) for each in (('f4', np.nan), ('f4', np.inf), ('f4', -1), ('f4', 256), ('i2', -1), ('i2', 256))]
-    + [('masks', *each) for each in (('u1', 7), ('f4', 0.5), ('f4', np.nan), ('i1', -1), ('i2', 256), ('u2', 257))],
-)
-def test_a_value_that_images_or_masks_do_not_have_is_refused(tmp_path, small_slabs, stem, dtype, value):
-    values = (
-        images(dtype=dtype) if stem == 'images' else np.eye(48, 40, dtype=dtype)[None, ..., None].repeat(20, axis=0)
-    )
+@pytest.mark.parametrize('dtype, value', [('f4', np.nan), ('f4', 256), ('i2', -1)])
+def test_a_value_that_images_do_not_have_is_refused(tmp_path, small_slabs, dtype, value):
+    values = images(dtype=dtype)
     values[13, 3, 2, 0] = value
-    path = write(tmp_path / f'{stem}.h5', values)
-    expected = 'images are expected as 0 to 255' if stem == 'images' else 'a mask holds 0, 1 and 255 for unknown'
-    assert_refused(path, f'{stem}.h5: sample 13 holds {value:g}; {expected}')
-
-
-@pytest.mark.parametrize('dtype', ['uint8', 'float32', 'bool'])
-def test_images_without_a_value_above_one_are_refused(tmp_path, small_slabs, dtype):
-    path = write(tmp_path / 'images.h5', (images(dtype='float32') / 255).astype(dtype))
-    assert_refused(path, 'images.h5: no value is above 1; images are expected as 0 to 255')
-
-
-def test_images_of_which_some_are_black_are_not_taken_for_scaled_ones(tmp_path, small_slabs):
-    values = images()
-    values[:19] = 0
     path = write(tmp_path / 'images.h5', values)
+    assert_refused(path, f'images.h5: sample 13 holds {value:g}; images are expected as 0 to 255')
+
+
+@pytest.mark.parametrize('dtype, value', [('u1', 7), ('f4', 0.5), ('i2', 256)])  # 256 is 0 in 8 bits
+def test_a_value_that_masks_do_not_have_is_refused(tmp_path, small_slabs, dtype, value):
+    values = np.eye(48, 40, dtype=dtype)[None, ..., None].repeat(20, axis=0)
+    values[13, 3, 2, 0] = value
+    path = write(tmp_path / 'masks.h5', values)
+    assert_refused(path, f'masks.h5: sample 13 holds {value:g}; a mask holds 0, 1 and 255 for unknown')
+
+
+def test_images_without_a_value_above_one_are_refused_and_black_ones_are_not(tmp_path, small_slabs):
+    values = images()
+    path = write(tmp_path / 'images.h5', values.astype('float32') / 255)
+    assert_refused(path, 'images.h5: no value is above 1; images are expected as 0 to 255')
+    values[:19] = 0
+    write(path, values)
     assert rechunk_file(path) == 20
     np.testing.assert_array_equal(read(path), values)
 
@@ -131,7 +114,7 @@ def masks(dtype='uint8'):
     return values.astype(dtype)
 
 
-@pytest.mark.parametrize('dtype', ['uint8', 'float32', '>f8', 'int16'])
+@pytest.mark.parametrize('dtype', ['uint8', 'float32'])
 def test_masks_become_uint8_and_the_known_ones_are_recorded(tmp_path, small_slabs, dtype):
     path = write(tmp_path / 'masks.h5', masks(dtype))
     rechunk_file(path)
@@ -148,24 +131,14 @@ def test_masks_of_0_and_255_are_refused(tmp_path, small_slabs):
     assert_refused(path, 'masks.h5: holds 0 and 255 but no 1; 255 means unknown, the pet is 1')
 
 
-def short_record(file):
-    del file['known_masks']
-    file['known_masks'] = np.ones(19, 'uint8')
-
-
-def masks_of_another_type(file):
-    values = file['masks'][()].astype('int16')
-    del file['masks'], file['chunked_masks']
-    file['chunked_masks'] = file.create_dataset('masks', data=values, chunks=(1, 48, 40, 1))
-
-
-@pytest.mark.parametrize('change', [lambda file: file.pop('known_masks'), short_record, masks_of_another_type])
-def test_masks_without_a_sound_record_are_rechunked_again(tmp_path, change):
+@pytest.mark.parametrize('record', [None, np.ones(19, 'uint8')], ids=['none', 'short'])
+def test_masks_without_a_sound_record_are_rechunked_again(tmp_path, record):
     path = write(tmp_path / 'masks.h5', masks())
     rechunk_file(path)
     with h5py.File(path, 'r+', libver='v110') as file:
-        change(file)
-        assert not is_rechunked(file, 'masks')
+        del file['known_masks']
+        if record is not None:
+            file['known_masks'] = record
     assert rechunk_file(path) == 20 and rechunk_file(path) is None
     assert np.flatnonzero(read(path, 'known_masks') == 0).tolist() == [3, 11, 12]
 
@@ -181,30 +154,23 @@ def test_a_damaged_record_is_noticed_and_force_records_the_known_masks_anew(tmp_
     assert np.flatnonzero(read(path, 'known_masks') == 0).tolist() == [3, 12]
 
 
-def test_label_tables_become_one_chunk(tmp_path):
+def test_a_label_table_becomes_one_chunk_and_what_else_its_file_holds_goes_along(tmp_path):
     values = np.arange(400.0).reshape(100, 4)
     values[7] = np.nan
     path = write(tmp_path / 'bboxes.h5', values, chunks=(1, 4))
-    rechunk_file(path)
-    with h5py.File(path) as file:
-        assert file['chunked_bboxes'].chunks == (100, 4) and file['chunked_bboxes'].dtype == 'float64'
-    np.testing.assert_array_equal(read(path), values)
-
-
-def test_what_else_a_file_holds_goes_along_and_links_are_not_followed(tmp_path):
-    path = write(tmp_path / 'breeds.h5', np.zeros((5, 1), 'int16'))
     with h5py.File(path, 'a') as file:
-        file['breeds'].attrs['class_names'] = ['a', 'caf\xe9']
-        file.attrs['author'] = 'somebody'
+        file['bboxes'].attrs['names'], file.attrs['author'] = ['a', 'caf\xe9'], 'somebody'
         file['notes'], file['known_masks'] = [1, 2, 3], [4, 5]
         file['away'], file['nowhere'] = h5py.ExternalLink('/etc/hostname', '/x'), h5py.SoftLink('/y')
     rechunk_file(path)
+    np.testing.assert_array_equal(read(path), values)
     with h5py.File(path) as file:
-        attributes = file['chunked_breeds'].attrs
-        assert read_text(attributes, 'class_names') == ['a', 'caf\xe9']
-        assert attributes.get_id('class_names').dtype.kind == 'S'  # of fixed length, see hdf5.py
-        assert read_text(file.attrs, 'author') == 'somebody'
+        table = file['chunked_bboxes']
+        assert table.chunks == (100, 4) and table.dtype == 'float64'
+        assert read_text(table.attrs, 'names') == ['a', 'caf\xe9'] and read_text(file.attrs, 'author') == 'somebody'
+        assert table.attrs.get_id('names').dtype.kind == 'S'  # of fixed length, see hdf5.py
         assert file['notes'][()].tolist() == [1, 2, 3] and file['known_masks'][()].tolist() == [4, 5]
+        # Links are not followed.
         assert file.get('away', getlink=True).filename == '/etc/hostname'
         assert file.get('nowhere', getlink=True).path == '/y'
 
@@ -219,7 +185,7 @@ def test_separate_chunked_copy_is_replaced_by_a_second_name(tmp_path):
     np.testing.assert_array_equal(read(path), images(50))
 
 
-def test_a_second_run_changes_nothing_and_says_so(train_files, own_processes, capsys):
+def test_a_second_run_changes_nothing_and_says_so(train_files, capsys):
     root = train_files()
     main(['--data', str(root)])
     first = {path: path.stat().st_mtime_ns for path in root.rglob('*.h5')}
@@ -241,7 +207,7 @@ def test_source_is_kept_if_the_read_back_comparison_fails(tmp_path, monkeypatch)
     assert_refused(path, 'left as it was')
 
 
-@pytest.mark.parametrize('limit', [0, 2000, 140_000])
+@pytest.mark.parametrize('limit', [0, 140_000])
 def test_full_disk_leaves_the_source(train_files, own_processes, limit):
     root = train_files(chunks=True, compression='gzip')
     assert_full_disk_leaves_files(main, ['--data', root], root, limit)
@@ -258,18 +224,13 @@ def test_failed_write_at_any_size_leaves_the_source(train_files, own_processes):
 # ---- damaged and hostile files
 
 
-def external(file):
-    file['images'] = h5py.ExternalLink('other.h5', 'images')
+def store(**values):
+    """A function that stores values or links in a file."""
+    return lambda file: file.update(values)
 
 
 def raw(file):
-    file.create_dataset('images', (9, 8, 8, 3), 'uint8', external=[('/etc/passwd', 0, h5py.h5f.UNLIMITED)])
-
-
-def virtual(file):
-    layout = h5py.VirtualLayout((9, 8, 8, 3), 'uint8')
-    layout[...] = h5py.VirtualSource('other.h5', 'images', (9, 8, 8, 3))
-    file.create_virtual_dataset('images', layout)
+    file.create_dataset('images', (20, 48, 40, 3), 'uint8', external=[('/etc/passwd', 0, h5py.h5f.UNLIMITED)])
 
 
 def many(file):
@@ -281,51 +242,79 @@ def unknown_filter(file):
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_chunk((1, 8, 8, 3))
     plist.set_filter(32_100, h5py.h5z.FLAG_OPTIONAL)
-    dataset = h5py.h5d.create(file.id, b'images', h5py.h5t.NATIVE_UINT8, h5py.h5s.create_simple((9, 8, 8, 3)), plist)
-    for i in range(9):
-        dataset.write_direct_chunk((i, 0, 0, 0), bytes(192))
+    h5py.h5d.create(file.id, b'images', h5py.h5t.NATIVE_UINT8, h5py.h5s.create_simple((9, 8, 8, 3)), plist)
 
 
 @pytest.mark.parametrize(
-    'store, message',
+    'fill, message',
     [
-        (external, "no dataset 'images' of its own .links do not count"),
+        (store(images=np.zeros((5, 8, 8, 4))), 'expected numbers of shape .N, H, W, 3.'),
+        (store(images=np.full((5, 8, 8, 3), b'x')), 'expected numbers'),
+        (store(images=np.zeros((0, 8, 8, 3))), 'holds no samples'),
+        (store(pictures=images(2)), "no dataset 'images' of its own .links do not count.; it holds .'pictures'."),
+        (store(images=h5py.ExternalLink('../images.h5', 'images')), "no dataset 'images' of its own"),
         (raw, 'takes its values from other files'),
-        (virtual, 'takes its values from other files'),
-        (many, 'has 1000000000 samples in a file of 5248 bytes'),
+        (many, 'has 1000000000 samples in a file of [0-9]* bytes'),
         (unknown_filter, 'needs the HDF5 filter 32100'),
     ],
+    ids=['shape', 'type', 'empty', 'name', 'link', 'raw', 'many', 'filter'],
 )
-def test_virtual_external_and_unreadable_datasets_are_refused(tmp_path, store, message):
-    write(tmp_path / 'other.h5', images())
-    path = tmp_path / 'images.h5'
+def test_what_is_no_dataset_of_images_of_its_own_is_refused(tmp_path, fill, message):
+    write(tmp_path / 'images.h5', images())
+    path = tmp_path / 'train' / 'images.h5'
+    path.parent.mkdir()
     with h5py.File(path, 'w') as file:
-        store(file)
-    with pytest.raises(InputError, match=f'{path}: .*{message}'):
-        rechunk_file(path)
+        fill(file)
+    assert_refused(path, f'{path}: .*{message}')
 
 
-def test_a_file_that_another_program_writes_to_is_refused(tmp_path):
-    path, log = write(tmp_path / 'images.h5', images()), tmp_path / 'log.txt'
+@pytest.mark.parametrize(
+    'damage',
+    [lambda content: b'', lambda content: content[:-100], lambda content: content.replace(b'SNOD', b'????', 1)],
+    ids=['empty', 'cut', 'changed'],
+)
+def test_a_damaged_file_is_named_and_kept(tmp_path, damage):
+    path = write(tmp_path / 'images.h5', images())
+    path.write_bytes(damage(path.read_bytes()))
+    assert_refused(path, f'{path}: not a valid HDF5 file')
+
+
+def test_a_missing_file_or_folder_is_named(original_files, tmp_path, error_line):
+    root = original_files()
+    (root / 'val' / 'masks.h5').unlink()
+    assert 'val/masks.h5: no such file' in error_line(main, '--data', root)
+    assert 'no folder train, val or test' in error_line(main, '--data', tmp_path)
+
+
+@contextmanager
+def open_elsewhere(path, mode):
+    """Another process has the file open, because HDF5 does not lock out its own."""
     read_end, write_end = os.pipe()
-    writer = os.fork()  # HDF5 does not lock out its own process
-    if not writer:
-        with h5py.File(path, 'r+'):
+    child = os.fork()
+    if not child:
+        with h5py.File(path, mode):
             os.write(write_end, b'x')
             signal.pause()
     os.read(read_end, 1)
     try:
-        assert run_in_child(lambda _: rechunk_file(path), [], log) == 1
+        yield
     finally:
-        os.kill(writer, signal.SIGKILL)
-        os.waitpid(writer, 0)
-    assert 'another program has it open for writing; close it there' in log.read_text()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_files_are_made_and_rechunked_on_a_file_system_without_locks(tmp_path, monkeypatch, number):
+def test_a_file_that_is_written_to_is_refused_and_one_that_is_read_can_be_rechunked(tmp_path):
+    path = write(tmp_path / 'images.h5', images())
+    with open_elsewhere(path, 'r+'):
+        assert_refused(path, 'images.h5: another program has it open for writing; close it there')
+    with open_elsewhere(path, 'r'):
+        assert rechunk_file(path) == 20
+    np.testing.assert_array_equal(read(path), images())
+
+
+def test_files_are_rechunked_on_a_file_system_without_locks(tmp_path, monkeypatch):
     def no_locks(*_):
-        raise OSError(number, f"(unable to lock file, errno = {number}, error message = '{os.strerror(number)}')")
+        raise OSError(errno.ENOLCK, "(unable to lock file, errno = 37, error message = 'No locks available')")
 
     def open_file(path, mode='r', locking=True, open_file=h5py.File, **options):
         if locking and isinstance(path, Path):
@@ -337,22 +326,11 @@ def test_files_are_made_and_rechunked_on_a_file_system_without_locks(tmp_path, m
             no_locks()
         return create_file(path, flags, creation, access)
 
+    path = write(tmp_path / 'images.h5', images())
     monkeypatch.setattr(h5py, 'File', open_file)
     monkeypatch.setattr(h5py.h5f, 'create', create_file)
     monkeypatch.setattr('support.files.fcntl.lockf', no_locks)
-    data_prepare.main(['--limit', '10', '--size', '64', '--split', '60-20-20', '--out', str(tmp_path)])
-    main(['--data', str(tmp_path)])
-    assert len(read_split(tmp_path / 'train').labels) == 6
-
-
-@pytest.mark.parametrize('locking', ['TRUE', 'FALSE', 'BEST_EFFORT'])
-def test_a_file_that_a_reader_has_open_can_be_rechunked(tmp_path, locking):
-    path = write(tmp_path / 'images.h5', images())
-    code, locks = f'import data_rechunk; data_rechunk.rechunk_file({str(path)!r})', {'HDF5_USE_FILE_LOCKING': locking}
-    with h5py.File(path) as reader:
-        subprocess.run([sys.executable, '-c', code], env=os.environ | locks, check=True)
-        np.testing.assert_array_equal(reader['images'][()], images())
-    np.testing.assert_array_equal(read(path), images())
+    assert rechunk_file(path) == 20 and rechunk_file(path) is None
 
 
 @pytest.mark.parametrize('count', [3, 8])
@@ -394,44 +372,3 @@ def test_memory_is_bounded_whatever_the_number_of_samples(tmp_path):
     here = 'data_rechunk.in_own_process = lambda s, f, *a: f(*a)'  # on Linux, a child would read the file
     used = peak(f'import data_rechunk; {here}; data_rechunk.rechunk_file({str(path)!r})')
     assert 20 < used - peak('pass') < 400
-
-
-@pytest.mark.parametrize(
-    'values, message',
-    [
-        (np.zeros((5, 8, 8, 4)), 'expected numbers of shape (N, H, W, 3)'),
-        (np.zeros((5, 8, 8)), 'expected numbers of shape (N, H, W, 3)'),
-        (np.zeros((0, 8, 8, 3)), 'holds no samples'),
-        (np.full((5, 8, 8, 3), b'x'), 'expected numbers'),
-        (None, "no dataset 'images' of its own (links do not count); it holds ['pictures']"),
-    ],
-)
-def test_a_wrong_shape_type_or_name_is_named(original_files, error_line, values, message):
-    root = original_files()
-    path = root / 'train' / 'images.h5'
-    with h5py.File(path, 'w') as file:
-        file['pictures' if values is None else 'images'] = images(2) if values is None else values
-    line = error_line(main, '--data', root)
-    assert message in line and str(path) in line
-
-
-def test_a_missing_file_or_folder_is_named(original_files, tmp_path, error_line):
-    root = original_files()
-    (root / 'val' / 'masks.h5').unlink()
-    assert 'val/masks.h5: no such file' in error_line(main, '--data', root)
-    assert 'no folder train, val or test' in error_line(main, '--data', tmp_path)
-
-
-@pytest.mark.parametrize(
-    'damage',
-    [
-        *(lambda content, keep=keep: content[: int(len(content) * keep)] for keep in (0, 0.01, 0.99)),
-        *(lambda content, mark=mark: content.replace(mark, b'????', 1) for mark in (b'SNOD', b'HEAP', b'\x89HDF')),
-    ],
-)
-def test_a_damaged_file_is_named_and_kept(original_files, error_line, damage):
-    path = original_files() / 'train' / 'images.h5'
-    content = damage(path.read_bytes())
-    path.write_bytes(content)
-    assert f'{path}: not a valid HDF5 file' in error_line(main, '--data', path.parent.parent)
-    assert path.read_bytes() == content

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import engine
 import oeq_weighting
 import train_mtl
-from dataloader_mtl import Sample, load_splits, split_batches
+from dataloader_mtl import Sample, load_splits
 from models import MTLNet, load_model
 from support.checkpoint import TRAINING_FORMAT, load_checkpoint
 from support.cli import InputError
@@ -32,7 +32,7 @@ from support.distributed import (
     process_group,
 )
 from support.report import entries
-from utils import METRICS, UncertaintyLoss
+from utils import PRINTED, UncertaintyLoss
 
 CPU = torch.device('cpu')
 
@@ -61,12 +61,11 @@ def printed(log, size=2):
 # ---- messages between ranks
 
 
-def fail():
-    raise FileExistsError(17, 'File exists', 'README.md')
-
-
 def test_ranks_share_values_and_the_errors_of_rank_0(tmp_path):
     calls = []
+
+    def fail():
+        raise FileExistsError(17, 'File exists', 'README.md')
 
     def refuse():
         raise InputError('refused by rank 0')
@@ -90,11 +89,10 @@ def test_ranks_share_values_and_the_errors_of_rank_0(tmp_path):
 @pytest.mark.parametrize(
     'environment',
     [
-        {},
         {'WORLD_SIZE': '4', 'RANK': '1', 'LOCAL_RANK': '1'},
         {'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '0'},
     ],
-    ids=['plain', 'of a batch system', 'of another launcher'],
+    ids=['of a batch system', 'of another launcher'],
 )
 def test_one_process_is_alone_whatever_the_environment_says(monkeypatch, environment):
     """SLURM and MPI set some of these names without a group to join; launchers need not set the local ones."""
@@ -104,7 +102,6 @@ def test_one_process_is_alone_whatever_the_environment_says(monkeypatch, environ
     with process_group('cpu'):
         assert (get_rank(), get_world_size(), is_main_process()) == (0, 1, True)
         assert all_gather('a') == ['a'] and on_main_process(lambda: 5) == 5
-        assert split_batches(range(4), 4) == [[0, 1, 2, 3]]
     torch.set_num_threads(threads)
 
 
@@ -142,33 +139,28 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 
 
 def test_two_processes_train_one_model_and_report_its_metrics(shared_data, tmp_path):
-    """Twice in one script, with fixed and with learned weights."""
-
-    def before():
-        oeq_weighting.NAMES = 'equal', 'uncertainty'
-
-    out, log = tmp_path / 'run', tmp_path / 'log'
-    assert run_ranks(oeq_weighting.main, training_options(shared_data, out), log, before) == [0, 0], printed(log)
+    out, log = tmp_path / 'uncertainty', tmp_path / 'log'
+    options = training_options(shared_data, tmp_path, '--only', 'uncertainty')
+    assert run_ranks(oeq_weighting.main, options, log) == [0, 0], printed(log)
     first, second = printed(log)
-    assert first.count('epoch 2/2') == first.count('Dice Score - Segmentation:') == 2
+    assert all(first.count(f'  {name}: ') == 1 for name in PRINTED.values()), first
+    assert [first.count(f'epoch {epoch}/2: training loss mask ') for epoch in (1, 2)] == [1, 1]
     assert not any(word in second for word in ('network', 'epoch', 'Dice', 'weighting'))
-    for name in 'equal', 'uncertainty':
-        metrics = json.loads((out / name / 'metrics.json').read_text())
-        assert metrics['config']['processes'] == 2
-        splits = load_splits(shared_data, MTLNet.tasks)
-        expected, _, scores = engine.run_test(load_model(out / name / 'best.pt'), splits, CPU)
-        with open(out / name / 'test_scores.csv', newline='') as file:
-            rows = list(csv.DictReader(file))
-        for metric in METRICS:
-            assert [float(row[metric]) for row in rows] == pytest.approx(scores[metric], rel=1e-4), metric
-        for metric, values in metrics['test'].items():
-            for key, value in values.items():
-                assert value == pytest.approx(expected[metric][key], rel=1e-5), (metric, key)
-        # A model file holds rounded weights; last.pt has those that were validated.
-        last, model = load_checkpoint(out / name / 'last.pt', TRAINING_FORMAT), MTLNet(n_classes=8)
-        model.load_state_dict(entries(last['average'], 'module.'))
-        expected = engine.evaluate(model, splits['val'], CPU, bfloat16=has_fast_bfloat16(CPU))
-        assert entries(last['history'][-1], 'val_') == pytest.approx(expected, rel=1e-5)
+    metrics = json.loads((out / 'metrics.json').read_text())
+    assert metrics['config']['processes'] == 2
+    splits = load_splits(shared_data, MTLNet.tasks)
+    expected, _, scores = engine.run_test(load_model(out / 'best.pt'), splits, CPU)
+    with open(out / 'test_scores.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    for metric, values in metrics['test'].items():
+        assert [float(row[metric]) for row in rows] == pytest.approx(scores[metric], rel=1e-4), metric
+        for key, value in values.items():
+            assert value == pytest.approx(expected[metric][key], rel=1e-5), (metric, key)
+    # A model file holds rounded weights; last.pt has those that were validated.
+    last, model = load_checkpoint(out / 'last.pt', TRAINING_FORMAT), MTLNet(n_classes=8)
+    model.load_state_dict(entries(last['average'], 'module.'))
+    expected = engine.evaluate(model, splits['val'], CPU, bfloat16=has_fast_bfloat16(CPU))
+    assert entries(last['history'][-1], 'val_') == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -184,17 +176,14 @@ def test_signal_to_one_of_two_processes_stops_both_after_the_step_and_both_go_on
         def before():
             torch.optim.AdamW.step = stop_rank_1
 
-        options = training_options(shared_data, tmp_path / name, '--model', tmp_path / 'model.pt', '--epochs', 1, *more)
-        log = tmp_path / f'{name}{len(more)}.log'
+        options, log = training_options(shared_data, tmp_path / name, '--epochs', 1, *more), tmp_path / 'log'
         return run_ranks(train_mtl.main, options, log, before), printed(log)
 
-    statuses, lines = run('whole')
-    assert statuses == [0, 0], lines
+    assert run('whole')[0] == [0, 0]
     statuses, lines = run('parts', stop_at=2)
     assert statuses == [143, 143] and all('in epoch 1, after 2 steps of it' in text for text in lines), lines
     assert load_checkpoint(tmp_path / 'parts' / 'last.pt', TRAINING_FORMAT)['steps'] == 2
-    statuses, lines = run('parts', '--resume')
-    assert statuses == [0, 0], lines
+    assert run('parts', '--resume')[0] == [0, 0]
     assert same_bits(read_checkpoints(tmp_path / 'whole'), read_checkpoints(tmp_path / 'parts'))
 
 
@@ -209,8 +198,7 @@ def test_loss_of_one_rank_that_is_not_finite_stops_both(shared_data, tmp_path):
         engine.Objective.forward = spoiled
 
     log = tmp_path / 'log'
-    options = training_options(shared_data, tmp_path / 'run', '--model', tmp_path / 'model.pt')
-    assert run_ranks(train_mtl.main, options, log, before) == [1, 1]
+    assert run_ranks(train_mtl.main, training_options(shared_data, tmp_path / 'run'), log, before) == [1, 1]
     assert all('error: epoch 1/2, step 1 of 3: the loss is' in text for text in printed(log))
     assert not (tmp_path / 'run' / 'last.pt').exists()
 

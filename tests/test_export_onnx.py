@@ -14,7 +14,7 @@ import torch
 import data_rechunk
 import export_onnx
 from export_onnx import Exported
-from models import AblatedNet, BoxNet, MTLNet, UNet, load_model, model_content
+from models import ClassBoxNet, MTLNet, UNet, load_model, model_content
 from prediction import predict
 from support.checkpoint import save_checkpoint
 from utils import METRICS
@@ -22,53 +22,53 @@ from utils import METRICS
 OUTPUTS = {
     MTLNet: ['breed_probabilities', 'mask_probability', 'bbox'],
     UNet: ['mask_probability'],
-    AblatedNet: ['breed_probabilities', 'mask_probability'],
-    BoxNet: ['bbox'],
+    ClassBoxNet: ['breed_probabilities', 'bbox'],
 }
-FLOATS = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
-NAMES, SPECIES = ['Bengal', 'シャム'], ['cat', None]
+ABOUT = {'class_names': ['</script>', 'シャム'], 'class_species': ['cat', None], 'image_size': [64, 80]}
+PROGRAMS = {}
 
 pytestmark = pytest.mark.xdist_group('onnx')  # in one process, for `export_once`
 
 
-def write_model(path, network, encoder='unet', names=NAMES):
+def write_model(path, network=MTLNet, encoder='unet', **more):
     torch.manual_seed(0)
-    save_checkpoint(path, model_content(network(n_classes=2, encoder=encoder), names, SPECIES, (64, 80)))
+    save_checkpoint(path, model_content(network(n_classes=2, encoder=encoder), **ABOUT | more))
     return path
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A model file of an MTLNet."""
+    return write_model(tmp_path / 'model.pt')
 
 
 def draw_images(count):
     return np.random.default_rng(count).integers(0, 256, (count, 64, 80, 3), dtype=np.uint8)
 
 
-def assert_as_predict(outputs, model, images):
-    """`outputs`: a tuple of arrays or tensors, as an Exported has them."""
+def assert_as_predict(outputs, model, images, share=1e-4, pixels=1e-2):
+    """`outputs`: a tuple of arrays or tensors, as an Exported has them; to within a `share` and `pixels`."""
     outputs = dict(zip(OUTPUTS[type(model)], map(np.asarray, outputs), strict=True))
     for row, expected in enumerate(predict(model, list(images))):
         if expected.breeds:
-            breeds = dict(zip(NAMES, outputs['breed_probabilities'][row]))
-            assert breeds == pytest.approx(dict(expected.breeds), abs=1e-4)
+            breeds = dict(zip(ABOUT['class_names'], outputs['breed_probabilities'][row]))
+            assert breeds == pytest.approx(dict(expected.breeds), abs=share)
         if expected.bbox:
-            assert outputs['bbox'][row] * [80, 64, 80, 64] == pytest.approx(expected.bbox, abs=1e-2)
+            assert outputs['bbox'][row] * [80, 64, 80, 64] == pytest.approx(expected.bbox, abs=pixels)
         if expected.mask is not None:
-            assert outputs['mask_probability'][row] == pytest.approx(expected.mask_probability, abs=1e-4)
-
-
-@pytest.fixture(scope='module')
-def programs():
-    return {}
+            assert outputs['mask_probability'][row] == pytest.approx(expected.mask_probability, abs=share)
 
 
 @pytest.fixture
-def export_once(programs, monkeypatch):
-    """The exporter takes seconds: once for each network, whose weights `write_model` makes the same each time."""
+def export_once(monkeypatch):
+    """The exporter takes seconds: once for each encoder of an MTLNet, whose weights `write_model` makes the same."""
     export = torch.onnx.export
 
     def export_or_take(exported, *args, **options):
-        key = type(exported.model), exported.model.encoder_name
-        if key not in programs:
-            programs[key] = export(exported, *args, **options)
-        return programs[key]
+        key = exported.model.encoder_name
+        if key not in PROGRAMS:
+            PROGRAMS[key] = export(exported, *args, **options)
+        return PROGRAMS[key]
 
     monkeypatch.setattr(torch.onnx, 'export', export_or_take)
 
@@ -81,31 +81,22 @@ def no_export(monkeypatch):
     monkeypatch.setattr(export_onnx, 'halve_weights', lambda path: None)
 
 
-@pytest.mark.parametrize(
-    'network, encoder',
-    [
-        (MTLNet, 'unet'),
-        pytest.param(UNet, 'unet', marks=pytest.mark.slow),
-        pytest.param(AblatedNet, 'unet', marks=pytest.mark.slow),
-        pytest.param(MTLNet, 'tf_efficientnet_lite0', marks=pytest.mark.slow),
-    ],
-)
-def test_onnx_file_predicts_what_predict_does_for_any_number_of_images(network, encoder, tmp_path, export_once, capsys):
-    path, out = write_model(tmp_path / 'model.pt', network, encoder), tmp_path / 'model.onnx'
+@pytest.mark.parametrize('encoder', ['unet', pytest.param('tf_efficientnet_lite0', marks=pytest.mark.slow)])
+def test_onnx_file_predicts_what_predict_does_for_any_number_of_images(encoder, tmp_path, export_once, capsys):
+    path, out = write_model(tmp_path / 'model.pt', encoder=encoder), tmp_path / 'model.onnx'
     export_onnx.main(['--model', str(path), '--out', str(out)])
     assert 'largest difference from the model: ' in capsys.readouterr().out
     assert sorted(each.name for each in tmp_path.iterdir()) == ['model.onnx', 'model.pt']
     session = onnxruntime.InferenceSession(out)
     about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-    assert about == {'class_names': NAMES, 'class_species': SPECIES, 'image_size': [64, 80]}
-    assert [output.name for output in session.get_outputs()] == OUTPUTS[network]
+    assert about == ABOUT and [output.name for output in session.get_outputs()] == OUTPUTS[MTLNet]
     for count in 1, 5:
         images = draw_images(count)
         assert_as_predict(session.run(None, {'images': images}), load_model(path), images)
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit', 'ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize('network', [MTLNet, BoxNet])
+@pytest.mark.parametrize('network', [UNet, ClassBoxNet])
 def test_torch_export_and_trace_predict_what_predict_does(network, tmp_path):
     model, images = load_model(write_model(tmp_path / 'model.pt', network)), draw_images(2)
     exported, example = Exported(model).eval(), torch.from_numpy(images)
@@ -118,22 +109,33 @@ def test_torch_export_and_trace_predict_what_predict_does(network, tmp_path):
         assert_as_predict(torch.jit.trace(exported, example)(example), model, images)
 
 
-@pytest.mark.parametrize('wrong', [0.5, np.nan])
-def test_file_that_differs_from_the_model_is_not_written(wrong, tmp_path, no_export, monkeypatch, error_line):
-    path, out = write_model(tmp_path / 'model.pt', UNet), tmp_path / 'model.onnx'
-    out.write_bytes(b'old')
-    session = SimpleNamespace(run=lambda *_: [np.full((3, 64, 80), wrong)])
+def test_outputs_that_are_not_finite_differ(path, monkeypatch):
+    session = SimpleNamespace(run=lambda *_: [np.float32(np.nan)] * 3)
     monkeypatch.setattr(onnxruntime, 'InferenceSession', lambda *_, **__: session)
-    line = error_line(export_onnx.main, '--model', path, '--out', out)
-    assert "model.onnx: not written, as its outputs differ from the model's by" in line
-    assert out.read_bytes() == b'old' and len(list(tmp_path.iterdir())) == 2
+    assert np.isnan(export_onnx.compare(Exported(load_model(path)), 'model.onnx'))
 
 
-@pytest.mark.parametrize('package', ['onnx', 'onnxscript', 'onnxruntime'])
-def test_missing_package_is_one_line_before_anything_is_done(package, tmp_path, monkeypatch, error_line):
-    monkeypatch.setitem(sys.modules, package, None)
+@pytest.mark.parametrize(
+    'options, difference', [('--out site/a.onnx', '1.1e-04'), ('--out site/a.onnx', 'nan'), ('--web site', '1.1e-02')]
+)
+def test_files_and_page_stay_as_they_were_if_the_outputs_differ(
+    options, difference, path, tmp_path, no_export, monkeypatch, error_line
+):
+    monkeypatch.chdir(tmp_path)
+    site = {tmp_path / 'site' / name: 'old' for name in ('index.html', 'a.onnx')}
+    (tmp_path / 'site').mkdir()
+    for file in site:
+        file.write_text('old')
+    monkeypatch.setattr(export_onnx, 'compare', lambda *_: float(difference))
+    line = error_line(export_onnx.main, '--model', path, *options.split())
+    assert line.endswith(f".onnx: not written, as its outputs differ from the model's by {difference}")
+    assert {file: file.read_text() for file in (tmp_path / 'site').iterdir()} == site
+
+
+def test_missing_package_is_one_line_before_anything_is_done(tmp_path, monkeypatch, error_line):
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
     line = error_line(export_onnx.main, '--model', tmp_path / 'no model', '--out', tmp_path / 'model.onnx')
-    assert package in line and line.endswith('the export needs: pip install onnx onnxscript onnxruntime')
+    assert 'onnxscript' in line and line.endswith('the export needs: pip install onnx onnxscript onnxruntime')
 
 
 def test_shipped_model_is_exported_from_any_folder(tmp_path, full_networks, monkeypatch, capsys):
@@ -162,96 +164,79 @@ def read_about(page):
     return json.loads(text.partition('<script type="application/json" id="model">')[2].partition('</script>')[0])
 
 
-def test_page_holds_what_its_model_is_and_files_beside_it_stay(tmp_path, runtime, export_once, capsys):
-    path, site = write_model(tmp_path / 'model.pt', MTLNet, names=['</script>', 'シャム']), tmp_path / 'site'
+def test_page_holds_what_its_model_is_and_files_beside_it_stay(path, tmp_path, runtime, export_once, capsys):
+    site = tmp_path / 'site'
     site.mkdir()
-    (site / 'index.html').write_text('old')
-    (site / 'CNAME').write_text('mine')
+    for name in 'index.html', 'CNAME':
+        (site / name).write_text('old')
     export_onnx.main(['--model', str(path), '--web', str(site), '--runtime', str(runtime)])
     assert 'largest difference from the model: ' in capsys.readouterr().out
     files = {each.relative_to(site).as_posix() for each in site.rglob('*') if each.is_file()}
     assert files == {'CNAME', 'index.html', 'mtl_model.onnx', *(f'runtime/{name}' for name in export_onnx.RUNTIME)}
     assert all((site / 'runtime' / name).read_text() == name for name in export_onnx.RUNTIME)
-    about = {'class_names': ['</script>', 'シャム'], 'class_species': SPECIES, 'image_size': [64, 80]}
-    assert read_about(site / 'index.html') == about | {'runtime': './runtime/'}
-    images = draw_images(2)
+    assert read_about(site / 'index.html') == ABOUT | {'runtime': './runtime/'}
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
     weights = onnx.load(site / 'mtl_model.onnx').graph.initializer
-    kinds = {len(weight.dims) > 1: weight.data_type for weight in weights if weight.data_type in FLOATS}
-    assert kinds == {True: onnx.TensorProto.FLOAT16, False: onnx.TensorProto.FLOAT}
-    session = onnxruntime.InferenceSession(site / 'mtl_model.onnx')
-    halves = dict(zip(OUTPUTS[MTLNet], session.run(None, {'images': images})))
-    for row, expected in enumerate(predict(load_model(path), list(images))):
-        assert halves['mask_probability'][row] == pytest.approx(expected.mask_probability, abs=1e-2)
-        assert halves['bbox'][row] * [80, 64, 80, 64] == pytest.approx(expected.bbox, abs=1)
+    kinds = {(len(weight.dims) > 1, weight.data_type) for weight in weights if weight.data_type in (half, single)}
+    assert kinds == {(True, half), (False, single)}
+    images = draw_images(2)
+    found = onnxruntime.InferenceSession(site / 'mtl_model.onnx').run(None, {'images': images})
+    assert_as_predict(found, load_model(path), images, share=1e-2, pixels=1)
 
 
-def test_page_alone_loads_the_runtime_from_a_pinned_address(tmp_path, monkeypatch):
-    path, site = write_model(tmp_path / 'model.pt', BoxNet), tmp_path / 'new' / 'site'
+def test_page_alone_loads_the_runtime_from_a_pinned_address(path, tmp_path, monkeypatch):
+    page = tmp_path / 'new' / 'site' / 'index.html'
     monkeypatch.setattr(export_onnx, 'export', lambda model, path, half: path.parent.mkdir(parents=True) or 0.0)
-    export_onnx.main(['--model', str(path), '--web', str(site)])
-    assert [each.name for each in site.iterdir()] == ['index.html']  # the model is written by what is replaced here
-    address = read_about(site / 'index.html')['runtime']
+    export_onnx.main(['--model', str(path), '--web', str(page.parent)])
+    assert list(page.parent.iterdir()) == [page]  # the model is written by what is replaced here
+    address = read_about(page)['runtime']
     assert '@1.30.0/' in address and address.startswith('https://') and address.endswith('/')
-    assert address.split('/')[2] in (site / 'index.html').read_text().partition('Security-Policy')[2][:200]
+    assert address.split('/')[2] in page.read_text().partition('Security-Policy')[2][:200]
 
 
-@pytest.mark.parametrize('missing', export_onnx.RUNTIME)
-def test_missing_file_of_the_runtime_is_one_line_and_nothing_is_written(missing, tmp_path, runtime, error_line):
-    path, site = write_model(tmp_path / 'model.pt', BoxNet), tmp_path / 'site'
+def test_missing_file_of_the_runtime_is_one_line_and_nothing_is_written(path, tmp_path, runtime, error_line):
+    missing = export_onnx.RUNTIME[-1]
     (runtime / missing).unlink()
-    line = error_line(export_onnx.main, '--model', path, '--web', site, '--runtime', runtime)
+    line = error_line(export_onnx.main, '--model', path, '--web', tmp_path / 'site', '--runtime', runtime)
     assert f"dist/{missing}: no such file; --runtime takes the folder 'dist' of the npm package" in line
-    assert not site.exists()
+    assert not (tmp_path / 'site').exists()
 
 
-def test_page_stays_as_it_was_if_its_model_differs(tmp_path, no_export, monkeypatch, error_line):
-    path, site = write_model(tmp_path / 'model.pt', BoxNet), tmp_path / 'site'
-    site.mkdir()
-    (site / 'index.html').write_text('old')
-    monkeypatch.setattr(export_onnx, 'compare', lambda *_: 0.011)
-    line = error_line(export_onnx.main, '--model', path, '--web', site)
-    assert line.endswith("mtl_model.onnx: not written, as its outputs differ from the model's by 1.1e-02")
-    assert [each.name for each in site.iterdir()] == ['index.html'] and (site / 'index.html').read_text() == 'old'
+# ---- options, and the metrics of the file
 
 
-@pytest.mark.parametrize(
-    'options, message',
-    [
-        ('--runtime dist', '--runtime is for --web'),
-        ('--web site --test data', '--test is for --out'),
-        ('--reported metrics.json', '--reported is for --test'),
-    ],
-)
-def test_options_without_those_they_are_for_are_refused(options, message, capsys):
-    with pytest.raises(SystemExit):
-        export_onnx.main(options.split())
-    assert f'error: {message}' in capsys.readouterr().err
+def test_options_without_those_they_are_for_are_refused(capsys):
+    for options, message in {
+        '--runtime dist': '--runtime is for --web',
+        '--web site --test data': '--test is for --out',
+        '--reported metrics.json': '--reported is for --test',
+    }.items():
+        with pytest.raises(SystemExit):
+            export_onnx.main(options.split())
+        assert f'error: {message}' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('content', ['no json', '[]', '{"validation": {}}', '{"test": {"dice": 0.5}}'])
-def test_reported_metrics_that_are_none_are_one_line_before_the_export(content, tmp_path, error_line):
-    path, metrics = write_model(tmp_path / 'model.pt', BoxNet), tmp_path / 'metrics.json'
+@pytest.mark.parametrize('content', ['no json', '[]', '{"test": {"dice": 0.5}}'])
+def test_reported_metrics_that_are_none_are_one_line_before_the_export(content, path, tmp_path, error_line):
+    out, metrics = tmp_path / 'a.onnx', tmp_path / 'metrics.json'
     metrics.write_text(content)
-    options = '--out', tmp_path / 'a.onnx', '--test', tmp_path, '--reported', metrics
-    assert 'metrics.json: is not the metrics.json of a run' in error_line(export_onnx.main, '--model', path, *options)
-    assert not (tmp_path / 'a.onnx').exists()
+    options = '--model', path, '--out', out, '--test', tmp_path, '--reported', metrics
+    assert 'metrics.json: is not the metrics.json of a run' in error_line(export_onnx.main, *options)
+    assert not out.exists()
 
 
-def test_a_test_split_of_another_size_is_one_line(original_files, tmp_path, export_once, error_line):
-    data = original_files()
+def test_the_file_has_the_metrics_of_the_model_on_a_test_split(
+    original_files, tmp_path, export_once, capsys, error_line
+):
+    data, other = original_files(size=(64, 80)), original_files(tmp_path / 'of another size')
     data_rechunk.rechunk(data)
-    path = write_model(tmp_path / 'model.pt', MTLNet, names=['cat', 'dog'])
-    line = error_line(export_onnx.main, '--model', path, '--out', tmp_path / 'a.onnx', '--test', data)
+    data_rechunk.rechunk(other)
+    path = write_model(tmp_path / 'model.pt', class_names=['cat', 'dog'])
+    options = '--model', path, '--out', tmp_path / 'a.onnx', '--test'
+    line = error_line(export_onnx.main, *options, other)
     assert line.endswith("the image_size of its test split differ from the model's")
-
-
-def test_the_file_has_the_metrics_of_the_model_on_a_test_split(original_files, tmp_path, export_once, capsys):
-    data = original_files(size=(64, 80))
-    data_rechunk.rechunk(data)
-    path = write_model(tmp_path / 'model.pt', MTLNet, names=['cat', 'dog'])
     (tmp_path / 'metrics.json').write_text(json.dumps({'test': {'dice': {'mean': 0.25}}}))
-    options = '--test', data, '--reported', tmp_path / 'metrics.json', '--out', tmp_path / 'a.onnx'
-    export_onnx.main(['--model', *map(str, (path, *options))])
+    export_onnx.main([*map(str, options), str(data), '--reported', str(tmp_path / 'metrics.json')])
     rows = capsys.readouterr().out.splitlines()[-4:]
     dice, *others = ([float(value) for value in row[45:].split()] for row in rows)
     assert [row[:45].strip() for row in rows] == [metric.printed for metric in METRICS.values()]

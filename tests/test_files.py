@@ -7,29 +7,23 @@ import signal
 import pytest
 from conftest import run_in_child
 
-from support import files
 from support.cli import InputError
 from support.files import lock_folder, replacing, write_file
 
 
-def raise_error(number):
-    raise OSError(number, os.strerror(number))
+def test_the_old_file_stays_if_the_new_one_cannot_be_finished(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-
-@pytest.mark.parametrize(
-    'fails, error', [('fsync', InputError), ('replace', InputError), (None, KeyError)], ids=['disk', 'rename', 'block']
-)
-def test_the_old_file_stays_if_the_new_one_cannot_be_finished(tmp_path, monkeypatch, fails, error):
     path = tmp_path / 'a'
     path.write_text('old')
-    message = 'a: cannot be written and is left as it was .No space left on device' if fails else 'of the block'
-    with monkeypatch.context() as patch, pytest.raises(error, match=message):
-        if fails:
-            patch.setattr(os, fails, lambda *_: raise_error(errno.ENOSPC))
-        with replacing(path) as part:
-            part.write_text('half')
-            if not fails:
-                raise KeyError('of the block')
+    message = 'a: cannot be written and is left as it was .No space left on device'
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=message):
+        patch.setattr(os, 'fsync', fail)
+        write_file(path, lambda file: file.write(b'half'))
+    with pytest.raises(KeyError, match='of the block'), replacing(path) as part:
+        part.write_text('half')
+        raise KeyError('of the block')
     assert path.read_text() == 'old' and os.listdir(tmp_path) == ['a']
     with replacing(path) as part:
         part.write_text('new')
@@ -70,14 +64,6 @@ def test_a_folder_has_one_writer_and_the_next_removes_unfinished_files(tmp_path)
         assert run_in_child(lock, [], log) == 1
         assert 'another process is writing to this folder' in log.read_text() and stale.exists()
     assert run_in_child(lock, [], log) == 0
-
-
-def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
-    for number in errno.ENOLCK, errno.EOPNOTSUPP:
-        monkeypatch.setattr(files.fcntl, 'lockf', lambda *_, number=number: raise_error(number))
-        with lock_folder(tmp_path):
-            write_file(tmp_path / 'a', lambda file: file.write(b'x'))
-    assert (tmp_path / 'a').read_bytes() == b'x'
 
 
 def test_a_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path):

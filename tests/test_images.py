@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from support import images
-from support.images import UnreadableFile, open_image, read_photograph, to_srgb
+from support.images import UnreadableFile, read_photograph, to_srgb
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)).resize((32, 24))
 
@@ -33,9 +33,8 @@ def with_segment(jpeg, marker, content):
     return jpeg[:2] + struct.pack('>BBH', 0xFF, marker, len(content) + 2) + content + jpeg[2:]
 
 
-def exif_of(orientation, little=True):
-    order, mark = ('<', b'II') if little else ('>', b'MM')
-    return b'Exif\0\0' + mark + struct.pack(order + 'HIHHHIHHI', 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+def exif_of(orientation):
+    return b'II' + struct.pack('<HIHHHIHHI', 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
 
 
 PNG, JPEG = encoded(NOISE, 'PNG'), encoded(NOISE, 'JPEG', quality=90)
@@ -45,47 +44,28 @@ BOMB = b'zTXt', b'key\0\0' + zlib.compress(bytes(70 << 20), 1)  # unpacks to 70 
 @pytest.mark.parametrize(
     'plain, odd',
     [
-        (JPEG, encoded(NOISE, 'JPEG', quality=90, exif=b'Exif\0\0 no TIFF header')),
-        (JPEG, with_segment(JPEG, 0xE1, exif_of(6)[:17])),
-        (JPEG, with_segment(JPEG, 0xE1, exif_of(99))),
-        (JPEG, with_segment(JPEG, 0xE2, b'MPF\0' + b'odd' * 9)),
+        (JPEG, with_segment(JPEG, 0xE1, b'Exif\0\0' + exif_of(99))),
         (JPEG, with_segment(JPEG, 0xE2, b'ICC_PROFILE\0\1\1 odd')),
-        (JPEG, with_segment(JPEG, 0xED, b'Photoshop 3.0\0008BIM\4\4\0\0\0\0\xff\xff')),
         (JPEG, with_segment(JPEG, 0xE0, b'JFIF')),
         (PNG, with_chunk(PNG, (b'eXIf', b'odd bytes'))),
-        (PNG, with_chunk(PNG, (b'iCCP', b'name\0\0odd'))),
         (PNG, with_chunk(PNG, (b'iCCP', b'odd'))),
-        (PNG, with_chunk(PNG, (b'pHYs', b'odd'), (b'gAMA', b''), (b'tIME', b'1'))),
         (PNG, with_chunk(PNG, BOMB)),
-        (PNG, with_chunk(PNG, *[(b'tEXt', b'key\0' + bytes(1 << 20))] * 70)),
-        (PNG, with_chunk(PNG, (b'iTXt', b'key\0\1'))),
     ],
+    ids=['orientation', 'JPEG profile', 'JFIF', 'EXIF', 'PNG profile', 'bomb'],
 )
 def test_no_metadata_refuses_a_photograph(plain, odd):
     assert np.array_equal(read_photograph(odd), read_photograph(plain))
 
 
-@pytest.mark.parametrize('orientation', range(1, 9))
-def test_a_photograph_is_upright_also_if_other_tags_are_impossible(orientation):
-    stored = {1: NOISE, 2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE'}
-    stored |= {6: 'ROTATE_90', 7: 'TRANSVERSE', 8: 'ROTATE_270'}  # 6 is to be turned clockwise, so it is stored counter
-    image = NOISE if orientation == 1 else NOISE.transpose(Image.Transpose[stored[orientation]])
-    exif = exif_of(orientation)[6:]
+TURNED = 'FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM', 'TRANSPOSE', 'ROTATE_90', 'TRANSVERSE', 'ROTATE_270'
+
+
+@pytest.mark.parametrize('orientation, turned', [*enumerate(TURNED, 2)])  # 6, to be turned clockwise, is stored counter
+def test_a_photograph_is_upright_also_if_other_metadata_is_impossible(orientation, turned):
+    png, exif = encoded(NOISE.transpose(Image.Transpose[turned]), 'PNG'), exif_of(orientation)
     odd = exif[:8] + struct.pack('<H', 2) + exif[10:22] + struct.pack('<HHII', 0x829A, 5, 1, 1 << 30) + exif[22:]
-    for content in exif, odd:
-        assert np.array_equal(read_photograph(with_chunk(encoded(image, 'PNG'), (b'eXIf', content))), NOISE)
-    # The rest of the metadata goes, EXIF stays.
-    assert np.array_equal(read_photograph(with_chunk(encoded(image, 'PNG'), (b'eXIf', exif), BOMB)), NOISE)
-
-
-def test_the_transparent_colour_of_a_png_of_16_bits_is_transparent():
-    pixels = np.full((8, 8, 3), 40_000, '>u2')
-    pixels[:4] = 1000, 2000, 3000
-    rows = zlib.compress(b''.join(b'\0' + row.tobytes() for row in pixels))
-    header, colour = struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0), struct.pack('>HHH', 1000, 2000, 3000)
-    chunks = (b'IHDR', header), (b'tRNS', colour), (b'IDAT', rows), (b'IEND', b'')
-    found = read_photograph(PNG[:8] + b''.join(chunk(*each) for each in chunks))
-    assert [found.getpixel((0, y))[3] for y in (0, 7)] == [0, 255]
+    for chunks in [(b'eXIf', exif)], [(b'eXIf', odd)], [(b'eXIf', exif), BOMB]:
+        assert np.array_equal(read_photograph(with_chunk(png, *chunks)), NOISE)
 
 
 def test_a_jpeg_without_its_last_bytes_is_read():
@@ -97,26 +77,21 @@ def test_a_jpeg_without_its_last_bytes_is_read():
 
 def test_a_jpeg_of_many_pixels_is_read_at_a_reduced_size(monkeypatch):
     monkeypatch.setattr(images, 'LARGEST_JPEG', 100 * 100)
-    for mode in 'RGB', 'CMYK', 'L':
-        small = read_photograph(encoded(Image.new(mode, (400, 200), 'red' if mode == 'RGB' else None), 'JPEG'))
-        assert small.size in ((100, 50), (200, 100)), small.size
+    assert read_photograph(encoded(Image.new('CMYK', (400, 200)), 'JPEG')).size in ((100, 50), (200, 100))
     assert read_photograph(encoded(Image.new('RGB', (100, 100)), 'JPEG')).size == (100, 100)
 
 
-@pytest.mark.parametrize('source', [bytes, bytearray, memoryview, io.BytesIO])
-def test_bytes_and_binary_files_are_read_also_again(source):
-    given = source(PNG)
-    for _ in range(2):
-        assert np.array_equal(read_photograph(given), NOISE)
-    with pytest.raises(UnreadableFile, match='an image in memory: not an image of a known kind .JPEG, PNG, '):
-        read_photograph(source(b'no image'))
-    with pytest.raises(UnreadableFile, match='an image in memory: is empty'):
-        read_photograph(source(b''))
-
-
-def test_a_file_opened_as_text_is_told():
-    with pytest.raises(UnreadableFile, match='a file opened as text; open it as binary'):
-        read_photograph(io.StringIO('text'))
+def test_what_is_in_memory_is_read_also_again():
+    for given in bytearray(PNG), memoryview(PNG), io.BytesIO(PNG):
+        for _ in range(2):
+            assert np.array_equal(read_photograph(given), NOISE)
+    for given, message in [
+        (b'no image', 'an image in memory: not an image of a known kind .JPEG, PNG, '),
+        (b'', 'an image in memory: is empty'),
+        (io.StringIO('text'), 'a file opened as text; open it as binary'),
+    ]:
+        with pytest.raises(UnreadableFile, match=message):
+            read_photograph(given)
 
 
 # ---- modes
@@ -125,14 +100,11 @@ def test_a_file_opened_as_text_is_told():
 @pytest.mark.parametrize(
     'mode, colour, expected',
     [
-        ('RGB', (200, 100, 50), (200, 100, 50)),
         ('L', 90, (90, 90, 90)),
         ('1', 1, (255, 255, 255)),
         ('CMYK', (0, 0, 0, 255), (0, 0, 0)),
         ('P', 0, (10, 20, 30)),
         ('RGBA', (200, 100, 50, 255), (200, 100, 50)),
-        ('LA', (90, 255), (90, 90, 90)),
-        ('I', 90, (90, 90, 90)),
         ('I;16', 90, (90, 90, 90)),
         ('F', 90.0, (90, 90, 90)),
         ('F', 90.5 / 255, (90, 90, 90)),
@@ -152,57 +124,62 @@ def test_transparency_is_kept_and_shown_on_white():
     assert images.on_white(half).getpixel((0, 0)) == (172, 172, 172)
 
 
-def grey_png(values, *chunks):
-    """A 16-bit grey PNG."""
-    rows = b''.join(b'\0' + np.asarray(row, '>u2').tobytes() for row in values)
-    header = chunk(b'IHDR', struct.pack('>IIBBBBB', len(values[0]), len(values), 16, 0, 0, 0, 0))
-    return b'\x89PNG\r\n\x1a\n' + header + b''.join(chunk(*each) for each in chunks) + chunk(
-        b'IDAT', zlib.compress(rows)
-    ) + chunk(b'IEND', b'')  # fmt: skip
+def png_of(values, *chunks):
+    """A PNG of 16 bits, of grey (H, W) or RGB (H, W, 3)."""
+    values = np.asarray(values, '>u2')
+    header = struct.pack('>IIBBBBB', values.shape[1], len(values), 16, 0 if values.ndim == 2 else 2, 0, 0, 0)
+    rows = zlib.compress(b''.join(b'\0' + row.tobytes() for row in values))
+    parts = (b'IHDR', header), *chunks, (b'IDAT', rows), (b'IEND', b'')
+    return PNG[:8] + b''.join(chunk(*part) for part in parts)
 
 
 @pytest.mark.parametrize(
-    'values, chunks, expected',
+    'data, expected',
     [
-        ([0, 1023], (), [0, 255]),
-        ([0, 2047, 4095], (), [0, 127, 255]),
-        ([0, 1000, 65535], (), [0, 3, 255]),
-        ([0, 1023], [(b'sBIT', b'\x0c')], [0, 63]),
+        (png_of([[0, 1023]]), [0, 255]),
+        (png_of([[0, 1000, 65535]]), [0, 3, 255]),
+        (png_of([[0, 1023]], (b'sBIT', b'\x0c')), [0, 63]),
+        (encoded(Image.fromarray(np.array([[0, 500]], np.uint16)), 'TIFF', tiffinfo={0x0119: 1023}), [0, 124]),
     ],
+    ids=['10 bits', '16 bits', '12 bits as PNG says', '10 bits as TIFF says'],
 )
-def test_grey_of_10_or_12_bits_is_not_dark(values, chunks, expected):
-    found = read_photograph(grey_png([values], *chunks))
-    assert np.asarray(found)[0, :, 0].tolist() == expected
+def test_grey_of_10_or_12_bits_is_not_dark(data, expected):
+    assert np.asarray(read_photograph(data))[0, :, 0].tolist() == expected
 
 
-def test_grey_of_16_bits_with_a_transparent_value():
-    found = read_photograph(grey_png([[0, 40000, 65535]], (b'tRNS', struct.pack('>H', 40000))))
-    assert found.mode == 'RGBA' and np.asarray(found)[0, :, 3].tolist() == [255, 0, 255]
-
-
-def test_a_tiff_tells_its_highest_value(tmp_path):
-    Image.fromarray(np.array([[0, 500]], np.uint16)).save(tmp_path / 'a.tif', tiffinfo={0x0119: 1023})
-    assert np.asarray(read_photograph(tmp_path / 'a.tif'))[0, :, 0].tolist() == [0, 124]
+@pytest.mark.parametrize(
+    'values, clear, alpha',
+    [
+        ([[0, 40_000, 65_535]], [40_000], [255, 0, 255]),
+        ([[(1000, 2000, 3000), (40_000, 40_000, 40_000)]], [1000, 2000, 3000], [0, 255]),
+    ],
+    ids=['grey', 'RGB'],
+)
+def test_the_transparent_colour_of_a_png_of_16_bits_is_transparent(values, clear, alpha):
+    found = read_photograph(png_of(values, (b'tRNS', struct.pack(f'>{len(clear)}H', *clear))))
+    assert found.mode == 'RGBA' and np.asarray(found)[0, :, 3].tolist() == alpha
 
 
 # ---- colours
 
 
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+
+
 def test_a_colour_profile_is_applied_and_not_kept():
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
-    exchanged = srgb.replace(b'rXYZ', b'tmp_').replace(b'gXYZ', b'rXYZ').replace(b'tmp_', b'gXYZ')  # red and green
+    exchanged = SRGB.replace(b'rXYZ', b'tmp_').replace(b'gXYZ', b'rXYZ').replace(b'tmp_', b'gXYZ')  # red and green
     stored = Image.new('RGB', (4, 4), (255, 0, 0))
     found = read_photograph(encoded(stored, 'PNG', icc_profile=exchanged))
-    assert found.getpixel((0, 0))[1] > 200 > 60 > found.getpixel((0, 0))[0] and 'icc_profile' not in found.info
-    assert read_photograph(encoded(stored, 'PNG', icc_profile=srgb)).getpixel((0, 0)) == (255, 0, 0)
+    red, green, _ = found.getpixel((0, 0))
+    assert green > 200 > 60 > red and found.info == {}
+    assert read_photograph(encoded(stored, 'PNG', icc_profile=SRGB)).getpixel((0, 0)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize('mode', ['L', 'CMYK', 'P', 'RGBA'])
+@pytest.mark.parametrize('mode', ['L', 'CMYK'])
 def test_a_profile_of_another_colour_space_is_passed_over(mode):
     image = NOISE.convert(mode)
-    plain = read_photograph(encoded(image, 'TIFF'))
-    found = read_photograph(encoded(image, 'TIFF', icc_profile=b'odd'))
-    assert np.array_equal(found, plain) and found.info == {}
+    found = read_photograph(encoded(image, 'TIFF', icc_profile=SRGB))
+    assert np.array_equal(found, read_photograph(encoded(image, 'TIFF'))) and found.info == {}
 
 
 # ---- other formats
@@ -217,10 +194,3 @@ def test_heic_is_read_with_pillow_heif_and_named_without_it(tmp_path, monkeypatc
     monkeypatch.setattr(images, 'IMAGE_FORMATS', ('JPEG', 'PNG'))
     with pytest.raises(UnreadableFile, match='a.heic: not an image .*; for HEIC and HEIF, pip install pillow-heif'):
         read_photograph(tmp_path / 'a.heic')
-
-
-def test_any_error_of_a_decoder_is_a_damaged_image(tmp_path, monkeypatch):
-    (tmp_path / 'a.png').write_bytes(PNG)
-    monkeypatch.setattr(Image.Image, 'convert', lambda *_: {}['key'])
-    with pytest.raises(UnreadableFile, match=r"a\.png: 'key'"), open_image(tmp_path / 'a.png') as image:
-        to_srgb(image)

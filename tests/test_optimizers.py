@@ -5,15 +5,15 @@ import torch
 from torch import nn
 
 from models import MTLNet, UNet
-from optimizers import MuonAdamW, is_hidden_convolution, make_average, make_optimizer, make_schedule, orthogonalise
+from optimizers import MuonAdamW, is_hidden_convolution, make_average, make_optimizer, make_schedule
 from utils import UncertaintyLoss, WeightedLoss
 
 
-def make_weights(*shape, steps=3):
-    """A weight and its gradient for each of some steps; the gradients' singular values span a factor of 100."""
+def make_weights(*shape):
+    """A weight and its gradient for each of three steps; the gradients' singular values span a factor of 100."""
     torch.manual_seed(0)
     scale = torch.logspace(0, -2, shape[1])[:, None, None]
-    return nn.Parameter(torch.randn(shape)), [torch.randn(shape) * scale for _ in range(steps)]
+    return nn.Parameter(torch.randn(shape)), [torch.randn(shape) * scale for _ in range(3)]
 
 
 def take_steps(optimizer, weight, gradients):
@@ -23,8 +23,9 @@ def take_steps(optimizer, weight, gradients):
     return weight.detach()
 
 
-@pytest.mark.parametrize('fast', [True, False], ids=['bfloat16', 'float32'])
-@pytest.mark.parametrize('shape', [(64, 32, 3, 3), (96, 64, 1, 1)], ids=['wide', 'tall'])
+@pytest.mark.parametrize(
+    'shape, fast', [((64, 32, 3, 3), True), ((96, 64, 1, 1), False)], ids=['wide', 'tall, float32']
+)
 def test_muon_steps_as_that_of_torch_does_on_matrices(shape, fast):
     weight, gradients = make_weights(*shape)
     start = weight.detach().clone()
@@ -38,51 +39,41 @@ def test_muon_steps_as_that_of_torch_does_on_matrices(shape, fast):
     assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()
 
 
-def test_orthogonalise_makes_singular_values_about_equal():
-    _, (gradient,) = make_weights(64, 32, 3, 3, steps=1)
-    before = torch.linalg.svdvals(gradient.flatten(1))
-    after = torch.linalg.svdvals(orthogonalise(gradient.flatten(1)))
-    assert before.max() > 3 * before.min() and 0.5 < after.min() and after.max() < 1.3
-    assert not orthogonalise(torch.zeros(8, 8)).any()
-
-
-def test_weights_without_muon_and_those_without_a_gradient_are_left_to_adamw():
-    (weight, gradients), (other, _) = make_weights(32, 32, 1, 1), make_weights(32, 32, 1, 1)
-    idle = other.detach().clone()
-    groups = [{'params': [weight], 'muon': False}, {'params': [other], 'muon': True}]
+def test_weights_without_muon_are_left_to_adamw_and_without_a_gradient_or_with_zeros_they_stay():
+    (weight, gradients), (idle, _), (still, _) = (make_weights(32, 32, 1, 1) for _ in range(3))
+    start = idle.detach().clone()
+    still.grad = torch.zeros_like(still)
+    groups = [{'params': [weight], 'muon': False}, {'params': [idle, still], 'muon': True, 'weight_decay': 0}]
     ours = take_steps(MuonAdamW(groups, lr=0.01), weight, gradients)
+    assert torch.equal(idle, start) and torch.equal(still, start)
     weight, gradients = make_weights(32, 32, 1, 1)
     assert torch.equal(ours, take_steps(torch.optim.AdamW([weight], lr=0.01), weight, gradients))
-    assert torch.equal(other, idle)
 
 
-@pytest.mark.parametrize('network', [MTLNet, UNet])
-def test_encoder_has_a_learning_rate_of_its_own_and_only_weights_decay(network):
-    model, weighting = network(n_classes=3), UncertaintyLoss(network.tasks)
-    found = {}
-    for group in make_optimizer(model, weighting, 0.003, 0.001, 0.05).param_groups:
-        for parameter in group['params']:
-            assert id(parameter) not in found
-            found[id(parameter)] = group['lr'], group['weight_decay'] > 0
-    expected = {id(p): (0.003, False) for p in weighting.parameters()}
+def test_encoder_has_a_learning_rate_of_its_own_and_only_weights_decay():
+    model, weighting = MTLNet(n_classes=3), UncertaintyLoss(MTLNet.tasks)
+    found = [
+        (id(parameter), group['lr'], group['weight_decay'] > 0)
+        for group in make_optimizer(model, weighting, 0.003, 0.001, 0.05).param_groups
+        for parameter in group['params']
+    ]
+    expected = [(id(p), 0.003, False) for p in weighting.parameters()]
     for name, p in model.named_parameters():
-        expected[id(p)] = 0.001 if name.startswith('encoder.') else 0.003, p.ndim > 1
-    assert found == expected
+        expected.append((id(p), 0.001 if name.startswith('encoder.') else 0.003, p.ndim > 1))
+    assert sorted(found) == sorted(expected)
 
 
-@pytest.mark.parametrize('muon', [True, False])
-def test_muon_takes_the_hidden_convolutions(full_networks, muon):
+def test_muon_takes_the_hidden_convolutions(full_networks):
     model = MTLNet()
-    groups = make_optimizer(model, WeightedLoss.equal(model.tasks), 1, 1, 0.05, muon).param_groups
+    groups = make_optimizer(model, WeightedLoss.equal(model.tasks), 1, 1, 0.05).param_groups
     chosen = {id(p) for group in groups if group['muon'] for p in group['params']}
     last = 'decoder.logits.weight', 'class_head.logits.weight', 'box_head.corners.1.weight'
-    hidden = {id(p) for name, p in model.named_parameters() if p.ndim > 1 and name not in last}
-    assert chosen == (hidden if muon else set())
+    assert chosen == {id(p) for name, p in model.named_parameters() if p.ndim > 1 and name not in last}
     depthwise, pointwise = nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 64, 1)
     assert not is_hidden_convolution(depthwise.weight) and is_hidden_convolution(pointwise.weight)
 
 
-@pytest.mark.parametrize('steps', range(1, 8))
+@pytest.mark.parametrize('steps', [1, 4, 7])
 def test_any_number_of_steps_has_a_schedule(steps):
     model = UNet()
     optimizer = make_optimizer(model, WeightedLoss.equal(model.tasks), 0.003, 0.001, 0.05)

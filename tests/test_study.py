@@ -3,15 +3,14 @@
 import os
 import signal
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from conftest import start_child, wait_for
+from scipy import stats
 
 import engine
 import study
@@ -19,7 +18,7 @@ from models import load_model
 from study import arms, results, runner, tables
 from study.__main__ import main
 from study.arms import ARMS, PARTS, RATES, RunKey
-from study.statistics import bootstrap_means, compare, detectable_difference, holm, t_interval
+from study.statistics import bootstrap_means, compare, detectable_difference, holm
 from support.cli import InputError, Stopped
 from support.report import write_csv
 from utils import METRICS
@@ -47,31 +46,26 @@ def trained(monkeypatch):
 def test_arms_with_all_images_differ_only_in_their_losses(trained):
     ((_, _, expected),) = trained('unet')
     assert (expected.data, expected.out, expected.lr, expected.seed) == ('data/fold2', 'out', 0.01, 2)
-    assert expected.images_of == ('mask', 'class', 'box') and expected.resume == 'auto'
-    assert (expected.epochs, expected.steps) == (arms.EPOCHS, arms.STEPS)
+    assert (expected.images_of, expected.resume) == (('mask', 'class', 'box'), 'auto')
     for name in (*arms.MAIN, *arms.WEIGHTINGS):
         ((network, loss, config),) = trained(name)
         assert config == expected and network is ARMS[name].network
-        if name != 'uncertainty':
-            weights = {'80-10-10': [0.8, 0.1, 0.1], '25-50-25': [0.25, 0.5, 0.25]}
-            assert tuple(loss.weights) == network.tasks and sum(loss.weights.values()) == pytest.approx(1)
-            assert name not in weights or list(loss.weights.values()) == weights[name]
+        if name in arms.MAIN:
+            assert loss.weights == dict.fromkeys(network.tasks, 1 / len(network.tasks))
+    assert trained('25-50-25')[0][1].weights == {'mask': 0.25, 'class': 0.5, 'box': 0.25}
 
 
-@pytest.mark.parametrize(
-    'arm, changes',
-    {
+def test_other_arms_differ_as_they_say(trained):
+    ((_, _, expected),) = trained('unet')
+    imagenet = {'encoder': arms.IMAGENET['encoder'], 'encoder_weights': 'imagenet'}
+    changes = {
         'unet-50': {'masks': 50, 'images_of': ('mask',)},
-        'mtl-800': {'masks': 800},
         'unet-twice': {'epochs': 2 * arms.EPOCHS},
-        'mtl-imagenet': {'encoder': arms.IMAGENET['encoder'], 'encoder_weights': 'imagenet'}
-        | {'encoder_lr_share': 0.2, 'muon': False},
+        'mtl-imagenet': imagenet | {'encoder_lr_share': 0.2, 'muon': False},
         'mtl-seed': {'seed': 7},
-    }.items(),
-)
-def test_other_arms_differ_as_they_say(arm, changes, trained):
-    ((_, _, expected),), ((_, _, config),) = trained('unet'), trained(arm)
-    assert config == replace(expected, **changes)
+    }
+    found = {arm: trained(arm)[0][2] for arm in changes}
+    assert found == {arm: replace(expected, **change) for arm, change in changes.items()}
 
 
 def test_sequential_trains_class_and_box_on_all_images_and_then_the_masks_in_as_many_steps(trained):
@@ -95,9 +89,9 @@ def test_arm_trains_and_its_result_is_added_once(shared_data, tmp_path, arm):
     scores = results.read_numbers(tmp_path / 'scores.csv.gz', results.SCORE_COLUMNS)
     assert len(scores) == metrics['data']['test']['images'] and scores['image'].is_unique
     runs = results.read_runs(tmp_path)
-    (run,) = (runs.loc[key] for key in runs.index)
-    assert list(runs.index) == [key] and np.isnan(run['test_dice']) == (arm == 'class')
-    assert run['masks'] == metrics['data']['train']['mask'] and run['device'] == 'cpu'
+    assert list(runs.index) == [key]
+    run = runs.loc[key]
+    assert np.isnan(run['test_dice']) == (arm == 'class') and run['masks'] == metrics['data']['train']['mask']
     assert ('log_variance.mask=' in str(run['learned_weighting'])) == (arm == 'uncertainty')
     assert str(tmp_path) not in (tmp_path / 'runs.csv').read_text()
     assert arm != 'sequential-200' or load_model(folder / 'first' / 'best.pt').tasks == ('class', 'box')
@@ -136,9 +130,8 @@ def test_rates_are_chosen_first_on_fold_0_and_nothing_is_trained_twice():
     [
         ('unet', {3: 0.8, 2: 0.7}, [2, 3, 4], None),  # one has not been tried
         ('unet', {2: 0.7, 3: 0.8, 4: 0.7}, [2, 3, 4], 3),
-        ('unet', {2: 0.7, 3: 0.7, 4: 0.8}, [2, 3, 4, 5], None),
+        ('class', {2: 0.7, 3: 0.7, 4: 0.8}, [2, 3, 4, 5], None),
         ('unet', {2: 0.7, 3: 0.7, 4: 0.8, 5: np.nan}, [2, 3, 4, 5], 4),  # NaN: diverged
-        ('class', {2: 0.8, 3: 0.7, 4: 0.7, 1: 0.9}, [0, 1, 2, 3, 4], None),
         ('box', {2: np.nan, 3: np.nan, 4: np.nan, 1: 0.1, 0: 0.2}, [0, 1, 2, 3, 4], 0),
     ],
 )
@@ -157,7 +150,7 @@ class FinishedProcess:
 
     def __init__(self, key, folder):
         self.exitcode, self.terminated = int(key.arm == 'without-bbox'), False
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / 'last.pt').write_bytes(b'')
         row = {'minutes': 1, 'best_epoch': 1, 'masks': 70, 'val_dice': 0.7 + (key.rate == BEST) / 10, 'test_dice': 0.8}
         write_csv(results.RUN_COLUMNS, [key._asdict() | row], folder / 'result.csv')
@@ -208,21 +201,17 @@ def test_all_runs_are_trained_and_a_failed_one_is_told(finished, tmp_path, capsy
     assert not started and '| `unet`: mask only | 2 |' in (tmp_path / 'out' / 'table.md').read_text()
 
 
-def test_signal_stops_the_runs_that_are_being_trained(finished, monkeypatch):
-    started, options = finished
-    monkeypatch.setattr(runner.time, 'sleep', lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
-    monkeypatch.setattr(FinishedProcess, 'is_alive', lambda self: True)
-    with pytest.raises(Stopped):
-        main([*options, 'unet'])
-    assert len(started) == 2 and all(process.terminated for process in started.values())
-
-
-def test_after_the_minutes_the_runs_are_stopped(finished, monkeypatch, tmp_path):
+def test_a_signal_and_the_end_of_the_minutes_stop_the_runs_that_are_being_trained(finished, monkeypatch, tmp_path):
     started, options = finished
     monkeypatch.setattr(FinishedProcess, 'is_alive', lambda self: True)
     main(['--minutes', '1e-9', *options, 'unet'])
-    assert len(started) == 2 and all(process.terminated for process in started.values())
+    assert [process.terminated for process in started.values()] == [True, True]
     assert (tmp_path / 'out' / 'command.txt').read_text().startswith('python -m study --minutes 1e-9 --data ')
+    started.clear()
+    monkeypatch.setattr(runner.time, 'sleep', lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        main([*options, 'unet'])
+    assert [process.terminated for process in started.values()] == [True, True]
 
 
 def test_run_is_stopped_by_the_runner_and_not_by_the_terminal(tmp_path, monkeypatch):
@@ -240,36 +229,25 @@ def test_run_is_stopped_by_the_runner_and_not_by_the_terminal(tmp_path, monkeypa
     assert (tmp_path / 'log.txt').read_text() == 'goes on\nstopped\n' and not (tmp_path / 'result.csv').exists()
 
 
-@pytest.mark.parametrize('error', [engine.Diverged('the loss is nan'), InputError('no such file')])
-def test_process_of_a_run_tells_what_stopped_it_and_a_run_that_diverged_is_a_result(error, tmp_path, monkeypatch):
-    def fail(*arguments):
-        raise error
+def test_run_that_diverged_is_a_result_and_one_that_failed_is_not(tmp_path, monkeypatch):
+    def train(key, data, folder, device):
+        raise engine.Diverged('the loss is nan') if key.arm == 'unet' else InputError('no such file')
 
-    monkeypatch.setattr(runner, 'train_run', fail)
-    key, folder = RunKey('unet', 0, BEST), tmp_path / 'run'
-    diverged = isinstance(error, engine.Diverged)
-    with nullcontext() if diverged else pytest.raises(SystemExit):
-        runner.run_process(key, 'data', folder, 'cpu', torch.get_num_threads())
-    assert str(error) in (folder / 'log.txt').read_text()
-    assert (folder / 'result.csv').exists() == diverged
-    if diverged:
-        results.add_result(tmp_path, key, folder)
-        assert np.isnan(results.read_runs(tmp_path).loc[key, 'val_dice'])
-
-
-def test_missing_fold_is_told_before_any_run(finished, tmp_path):
-    started, options = finished
-    (tmp_path / 'fold1').rmdir()
-    with pytest.raises(InputError, match='fold1: no such folder'):
-        main([*options, 'unet'])
-    assert not started
+    monkeypatch.setattr(runner, 'train_run', train)
+    diverged, failed = RunKey('unet', 0, BEST), RunKey('mtl', 0, BEST)
+    runner.run_process(diverged, 'data', tmp_path / 'diverged', 'cpu', 1)
+    assert 'the loss is nan' in (tmp_path / 'diverged' / 'log.txt').read_text()
+    results.add_result(tmp_path, diverged, tmp_path / 'diverged')
+    assert np.isnan(results.read_runs(tmp_path).loc[diverged, 'val_dice'])
+    with pytest.raises(SystemExit):
+        runner.run_process(failed, 'data', tmp_path / 'failed', 'cpu', 1)
+    assert 'no such file' in (tmp_path / 'failed' / 'log.txt').read_text()
+    assert not (tmp_path / 'failed' / 'result.csv').exists()
 
 
 def test_missing_package_is_told(monkeypatch):
-    for name in 'results', 'runner':
-        monkeypatch.delitem(sys.modules, f'study.{name}')
-        monkeypatch.delattr(study, name)
-    monkeypatch.setitem(sys.modules, 'pandas', None)
+    monkeypatch.delattr(study, 'runner')
+    monkeypatch.setitem(sys.modules, 'study.runner', None)
     with pytest.raises(InputError, match='pip install -r study/requirements.txt'):
         main(['--table'])
 
@@ -277,20 +255,15 @@ def test_missing_package_is_told(monkeypatch):
 # ---- statistics
 
 
-def test_t_interval_is_that_of_the_table_and_of_one_value_unknown():
-    low, high = t_interval([1, 2, 3])
-    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3)
-    assert np.isnan(t_interval([0.1])).all() and np.isnan(compare([np.zeros(2)]).p_value)
-
-
-def test_clear_difference_has_intervals_without_zero_and_a_small_p_value():
-    generator = np.random.default_rng(0)
-    parts = [generator.normal(0.02, 0.05, 200 + fold) for fold in range(5)]
-    found = compare(parts)
-    for low, high in found.bootstrap_interval, found.t_interval:
-        assert 0 < low < found.mean < high < 0.03
-    assert found.p_value < 0.01 and found.mean == np.mean([part.mean() for part in parts])
-    assert found == compare(parts) and found.bootstrap_interval != compare(parts, seed=1).bootstrap_interval
+def test_difference_is_that_of_the_folds_and_of_one_fold_without_a_t_interval():
+    found = compare([np.full(9, 1.0), np.full(2, 2.0), np.full(5, 3.0)])
+    assert (found.fold_means, found.mean) == ([1, 2, 3], 2)
+    half = 4.303 / 3**0.5  # 4.303 is that of the table of Student's t
+    assert found.t_interval == pytest.approx((2 - half, 2 + half), abs=1e-3)
+    assert found.p_value == pytest.approx(0.0742, abs=1e-4)
+    assert found.bootstrap_interval == (1, 3)  # one draw in 27 has a fold three times
+    one = compare([np.array([0.1, 0.2])])
+    assert np.isnan([one.p_value, *one.t_interval]).all() and not np.isnan(one.bootstrap_interval).any()
 
 
 def test_bootstrap_draws_folds_and_then_their_images():
@@ -307,9 +280,9 @@ def test_holm_corrects_for_all_comparisons_also_those_to_come():
 
 
 def test_detectable_difference_is_found_in_four_of_five_draws():
-    generator, shift = np.random.default_rng(0), detectable_difference(0.01, 5, comparisons=1)
-    found = [t_interval(generator.normal(shift, 0.01, 5))[0] > 0 for _ in range(1000)]
-    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+    shift = detectable_difference(0.01, 5, comparisons=1)
+    draws = np.random.default_rng(0).normal(shift, 0.01, (1000, 5))
+    assert np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.03)
     assert detectable_difference(0.01, 5, comparisons=4) > shift
 
 
@@ -354,14 +327,14 @@ def test_tables_and_plots_of_made_up_scores(tmp_path):
     rows = {row['arm']: row for row in arm_rows}
     mtl = rows['`mtl`: all tasks, equal weights']
     assert (mtl['folds'], mtl['learning rate'], mtl['minutes'], mtl['time / `unet`']) == ('3', '0.003', '6.0', '2.00')
-    assert rows['constant prediction']['Dice'] == '0.550 ± 0.000' and rows['`class`: class only']['Dice'] == ''
-    assert rows['`mtl-50`: all tasks, 50 masks']['Dice'] == ''
-    difference = differences[0]
+    assert rows['constant prediction']['Dice'] == '0.550 ± 0.000'
+    assert rows['`class`: class only']['Dice'] == rows['`mtl-50`: all tasks, 50 masks']['Dice'] == ''
     assert [row['kind'] for row in differences[:4]] == ['confirmatory'] * 3 + ['exploratory']
-    assert (difference['difference'], difference['of']) == ('`mtl` - `unet`', 'Dice')
-    low, high = map(float, difference['95 %, bootstrap'].split(' to '))
-    assert 0.03 < low < float(difference['mean']) < high < 0.07 and difference['folds above 0'] == '3 of 3'
-    assert 0.0001 < float(difference['p (Holm)']) < 0.05 and differences[3]['p (Holm)'] == ''
+    first = differences[0]
+    assert (first['difference'], first['of'], first['folds above 0']) == ('`mtl` - `unet`', 'Dice', '3 of 3')
+    low, high = map(float, first['95 %, bootstrap'].split(' to '))
+    assert 0.03 < low < float(first['mean']) < high < 0.07
+    assert 0.0001 < float(first['p (Holm)']) < 0.05 and differences[3]['p (Holm)'] == ''
     assert gain['gain over single tasks'] == '`mtl`' and 6 < float(gain['Dice'].partition('%')[0]) < 8
     assert [row['found in 4 of 5 studies'] != '' for row in seeds] == [False, False, True]
     write_results(tmp_path, reverse=True)  # the order in which the runs ended
@@ -389,9 +362,11 @@ def test_arms_are_compared_on_the_images_that_both_were_tested_on():
         tables.image_differences(scores, 'mtl', 'unet', 'dice')
 
 
-def test_results_that_cannot_be_used_are_told(tmp_path, capsys):
+def test_data_and_results_that_cannot_be_used_are_told(tmp_path, capsys):
     main(['--table', '--out', str(tmp_path)])
     assert 'no learning rate is chosen yet' in capsys.readouterr().out
+    with pytest.raises(InputError, match='fold0: no such folder'):
+        main(['--data', str(tmp_path), '--out', str(tmp_path)])
     write_results(tmp_path)
     scores = results.read_text(tmp_path / 'scores.csv.gz')
     scores[scores['arm'] != 'mtl'].to_csv(tmp_path / 'scores.csv.gz', index=False)

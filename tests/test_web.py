@@ -47,7 +47,7 @@ class Browser:
             'goog:loggingPrefs': {'browser': 'ALL'},
             'timeouts': {'script': 1000 * PATIENCE},
         }
-        self.address = f'{address}/session'
+        self.address, self.downloads = f'{address}/session', downloads
         self.address += '/' + self.call('POST', '', capabilities={'alwaysMatch': capabilities})['sessionId']
 
     def call(self, method, path, **content):
@@ -60,9 +60,6 @@ class Browser:
 
     def run(self, script, *arguments):
         return self.call('POST', '/execute/sync', script=script, args=arguments)
-
-    def devtools(self, command, **parameters):
-        return self.call('POST', '/goog/cdp/execute', cmd=command, params=parameters)
 
     def console(self):
         """The errors and warnings since the last call."""
@@ -79,9 +76,8 @@ class Browser:
 
     def status(self):
         """What the page says once it has loaded the model or given up."""
-        return self.wait(
-            "const words = document.querySelector('#status').textContent; return !words.startsWith('Load') && words"
-        )
+        words = "document.querySelector('#status').textContent"
+        return self.wait(f"return !{words}.startsWith('Load') && {words}")
 
     def choose(self, *paths):
         """Choose files as a user does."""
@@ -104,8 +100,10 @@ class Browser:
 
     def answers(self, count):
         """The cards of that many files, the newest first: what they hold and say."""
-        self.wait(f"return document.querySelectorAll('article[aria-busy]').length == 0 && "
-                  f"document.querySelectorAll('article').length == {count}")  # fmt: skip
+        self.wait(
+            "return !document.querySelector('article[aria-busy]') && "
+            f"document.querySelectorAll('article').length == {count}"
+        )
         return self.run(
             """return [...document.querySelectorAll('article')].map(card => ({
               ...card.dataset, name: card.querySelector('h2').textContent, text: card.innerText,
@@ -135,49 +133,33 @@ def runtime(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def site(runtime, tmp_path_factory):
-    """The folder that is served, with the page of the shipped model in `page`."""
+    """A folder that is served and its address; the page of the shipped model is in `page`."""
     root = tmp_path_factory.mktemp('site')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, 'CHANNELS', CHANNELS)
         export_onnx.main(['--web', str(root / 'page'), '--runtime', str(runtime)])
-    return root
-
-
-@pytest.fixture(scope='module')
-def server(site):
-    """The address of the server."""
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
-    with ThreadingHTTPServer(('localhost', 0), partial(Handler, directory=site)) as server:
+    with ThreadingHTTPServer(('localhost', 0), partial(Handler, directory=root)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f'http://localhost:{server.server_port}'
+        yield root, f'http://localhost:{server.server_port}'
         server.shutdown()
 
 
 @pytest.fixture(scope='module')
 def browser(site, tmp_path_factory):
-    downloads = tmp_path_factory.mktemp('downloads')
     with subprocess.Popen(['chromedriver', '--port=0'], stdout=subprocess.PIPE, text=True) as driver:
         try:
-            port = (
-                next(line for line in driver.stdout if 'successfully on port' in line).rpartition(' ')[2].strip(' .\n')
-            )
-            browser = Browser(f'http://localhost:{port}', downloads)
-            browser.downloads = downloads
+            started = next(line for line in driver.stdout if 'successfully on port' in line)
+            port = started.rpartition(' ')[2].strip(' .\n')
+            browser = Browser(f'http://localhost:{port}', tmp_path_factory.mktemp('downloads'))
             yield browser
             browser.call('DELETE', '')
         finally:
             driver.terminate()
-
-
-@pytest.fixture(scope='module')
-def shipped():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, 'CHANNELS', CHANNELS)
-        return load_model()
 
 
 def chelsea():
@@ -205,30 +187,28 @@ def dice(one, other):
     return 2 * (one & other).sum() / (one.sum() + other.sum())
 
 
-def test_page_finds_what_predict_finds(server, browser, shipped, tmp_path):
-    paths = save_photographs(tmp_path)
-    browser.open(f'{server}/page/')
+def test_page_finds_what_predict_finds(site, browser, full_networks, tmp_path):
+    paths, shipped = save_photographs(tmp_path), load_model()
+    browser.open(f'{site[1]}/page/')
     assert browser.status() == 'Ready.'
     browser.choose(*paths[:2])
     browser.give('drop', paths[2])
     browser.give('paste', paths[3])
-    answers = browser.answers(len(paths))
-    assert [answer['name'] for answer in answers] == [path.name for path in reversed(paths)]
-    for answer, path in zip(reversed(answers), paths):
+    answers = browser.answers(len(paths))[::-1]
+    assert [answer['name'] for answer in answers] == [path.name for path in paths]
+    for answer, path in zip(answers, paths):
         expected = predict(shipped, path)
         width, height = expected.mask.shape[::-1]
         assert (answer['breed'], answer['species']) == (expected.breed, expected.species), path
         assert float(answer['probability']) == pytest.approx(expected.probability, abs=0.01)
         box = np.array(answer['box'].split(), float)
         assert (np.abs(box - expected.bbox) <= np.array([width, height] * 2) / 256).all(), path
-        for breed, _ in expected.breeds[:3]:
-            assert breed.replace('_', ' ') in answer['text']
+        assert all(breed.replace('_', ' ') in answer['text'] for breed, _ in expected.breeds[:3])
         assert f'{round(100 * float(answer["probability"]))}\u00a0%' in answer['text']
         assert answer['message'].endswith(' s on this device; nothing has left it.')
         assert path.name in answer['described'] and 'of the picture' in answer['described']
-        found = save_cutout(browser, path)
-        mine = cutout(path, expected)
-        assert found.size == mine.size and found.mode == 'RGBA'
+        found, mine = save_cutout(browser, path), cutout(path, expected)
+        assert (found.size, found.mode) == (mine.size, 'RGBA')
         alpha, expected_alpha = (np.asarray(each.getchannel('A')) for each in (found, mine))
         assert dice(alpha > 127, expected_alpha > 127) > 0.99, path
         assert np.abs(alpha.astype(float) - expected_alpha).mean() < 1, path
@@ -250,12 +230,12 @@ def save_cutout(browser, path):
     return Image.open(io.BytesIO(saved.read_bytes()))
 
 
-def test_bad_files_get_a_line_and_stop_no_other(server, browser, tmp_path):
+def test_bad_files_get_a_line_and_stop_no_other(site, browser, tmp_path):
     good, truncated, text = (tmp_path / name for name in ('good.jpg', 'truncated.jpg', 'text.jpg'))
     chelsea().save(good)
     truncated.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
     text.write_text('no image')
-    browser.open(f'{server}/page/')
+    browser.open(f'{site[1]}/page/')
     browser.status()
     browser.choose(truncated, text, good)
     first, *others = browser.answers(3)
@@ -268,27 +248,24 @@ def test_bad_files_get_a_line_and_stop_no_other(server, browser, tmp_path):
     assert browser.console() == []
 
 
-def test_a_page_that_cannot_work_says_why(server, browser, site):
+def test_a_page_that_cannot_work_says_why(site, browser):
+    root, server = site
     for name in 'no_model', 'no_runtime', 'broken':
-        shutil.copytree(site / 'page', site / name, copy_function=lambda source, to: Path(to).symlink_to(source))
-    (site / 'no_model' / 'mtl_model.onnx').unlink()
-    (site / 'no_runtime' / 'runtime' / 'ort.wasm.min.mjs').unlink()
-    (site / 'broken' / 'mtl_model.onnx').unlink()
-    (site / 'broken' / 'mtl_model.onnx').write_bytes(b'no model')
-    (site / 'template').mkdir()
-    shutil.copy(export_onnx.PAGE, site / 'template')
+        shutil.copytree(root / 'page', root / name, copy_function=lambda source, to: Path(to).symlink_to(source))
+    (root / 'no_model' / 'mtl_model.onnx').unlink()
+    (root / 'no_runtime' / 'runtime' / 'ort.wasm.min.mjs').unlink()
+    (root / 'broken' / 'mtl_model.onnx').unlink()
+    (root / 'broken' / 'mtl_model.onnx').write_bytes(b'no model')
+    (root / 'template').mkdir()
+    shutil.copy(export_onnx.PAGE, root / 'template')
     for address, words in {
         f'{server}/no_model/': 'The model file mtl_model.onnx cannot be loaded; it belongs beside this page (404).',
         f'{server}/no_runtime/': f'ONNX Runtime cannot be loaded from {server}/no_runtime/runtime/. Check the',
         f'{server}/broken/': 'The model cannot be started in this browser (',
         f'{server}/template/': 'This page has no model yet. "python export_onnx.py --web DIR" puts one in.',
-        (site / 'page' / 'index.html').as_uri(): 'This page was opened as a file, and browsers let no such page',
+        (root / 'page' / 'index.html').as_uri(): 'This page was opened as a file, and browsers let no such page',
     }.items():
         browser.open(address)
         assert browser.status().startswith(words), address
         assert browser.run("return document.querySelector('#choose').disabled")
-    script = browser.devtools('Page.addScriptToEvaluateOnNewDocument', source='delete window.WebAssembly')
-    browser.open(f'{server}/page/')
-    assert browser.status() == 'This browser has no WebAssembly, which runs the model. Try another one.'
-    browser.devtools('Page.removeScriptToEvaluateOnNewDocument', **script)
     browser.console()
