@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import data_prepare
 import data_rechunk
@@ -33,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ['PYTHONPATH'] = str(ROOT)  # for the tests that start another interpreter
 torch.set_num_threads(1)  # faster for tiny networks
 cli.ECHO = 0.05
+tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and a killed one may hold it
 CHANNELS = models.CHANNELS
 
 
@@ -248,6 +251,7 @@ def start_child(main, arguments, log, before=lambda: None):
         try:
             for stream in 1, 2:
                 os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+            torch.set_num_threads(1)  # renews the threads that the fork lost; later, autograd's race to do it
             before()
             sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)
             run_script(lambda: main([str(argument) for argument in arguments]))
