@@ -73,13 +73,13 @@ def train_all(args):
     After `args.minutes`, the runs write their checkpoints and stop.
     """
     threads = max(1, torch.get_num_threads() // args.jobs)
-    runs, active, failed, seconds = read_runs(args.out), {}, [], []  # active: {RunKey: (process, when it started)}
+    missing = missing_runs(read_runs(args.out), args.only, args.folds)
+    active, failed, seconds = {}, [], []  # active: {RunKey: (process, when it started)}
     end = time.monotonic() + 60 * (args.minutes or math.inf)
     with StopRequest() as stop, ExitStack() as at_end:
         at_end.callback(stop_runs, active)
         while True:
             stop.check()
-            missing = missing_runs(runs, args.only, args.folds)
             ready = [key for key in missing if key.rate and key not in active and key not in failed]
             for key in ready[: args.jobs - len(active)]:
                 process = start_run(key, args.data, folder_of(args.runs, key), args.device, threads)
@@ -97,11 +97,10 @@ def train_all(args):
                 add_result(args.out, key, folder)
                 for path in folder.rglob('last.pt'):  # so that another --out does not take the run over
                     path.unlink()
-                runs = read_runs(args.out)
+                missing = missing_runs(read_runs(args.out), args.only, args.folds)
                 seconds.append(spent)
-                left = len(missing_runs(runs, args.only, args.folds))
-                hours = left * statistics.fmean(seconds) / args.jobs / 3600
-                print(f'{folder.name}: {spent / 60:.1f} min; {left} runs left, about {hours:.1f} h', flush=True)
+                hours = len(missing) * statistics.fmean(seconds) / args.jobs / 3600
+                print(f'{folder.name}: {spent / 60:.1f} min; {len(missing)} runs left, about {hours:.1f} h', flush=True)
 
 
 def folder_of(root, key):
