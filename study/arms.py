@@ -17,7 +17,7 @@ EPOCHS, STEPS = 4, 120  # of every run: validations, and steps from one to the n
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates
 FIRST_RATES = 2, 5  # the part of RATES that is tried first, see `results.search_rates`
 
-# The recipe of the training scripts, with milder augmentation for its length.
+# The recipe of the training scripts, in float32 and with milder augmentation for its length.
 RECIPE = engine.Config(
     epochs=EPOCHS,
     steps=STEPS,
@@ -27,6 +27,7 @@ RECIPE = engine.Config(
     zoom_out=0,
     remove_pets=0,
     poor_light=0,
+    bfloat16=False,  # so that machines agree
     resume='auto',
 )
 IMAGENET = {
