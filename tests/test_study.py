@@ -379,5 +379,5 @@ def test_data_and_results_that_cannot_be_used_are_told(tmp_path, capsys):
 
 def test_page_shows_the_committed_table():
     root = Path(study.__file__).parent.parent
-    table, *_ = (root / 'results/study_incomplete_data/table.md').read_text().split('\n\n')
+    table, *_ = (root / 'results/study/table.md').read_text().split('\n\n')
     assert table in (root / 'docs/study.md').read_text()
