@@ -70,10 +70,21 @@ MAIN = {
     'class': Arm('class only', ClassNet, rate_of='class'),
     'box': Arm('box only', BoxNet, rate_of='box'),
 }
+
+
+def longer(name, times, *references):
+    """The arm of MAIN with that many times the steps."""
+    arm = MAIN[name]
+    text = f'{arm.text}, {times} times the steps'
+    return arm._replace(text=text, references=(name, *references), config={'epochs': times * EPOCHS})
+
+
 LONGER = {
-    'unet-twice': Arm(
-        'mask only, twice the steps', UNet, references=('unet',), rate_of='unet', config={'epochs': 2 * EPOCHS}
-    )
+    'unet-twice': longer('unet', 2),
+    'unet-long': longer('unet', 4),
+    'mtl-long': longer('mtl', 4, 'unet-long', 'class-long', 'box-long'),
+    'class-long': longer('class', 4),
+    'box-long': longer('box', 4),
 }
 FEW_MASKS = {
     **few_masks(50),

@@ -61,6 +61,7 @@ def test_other_arms_differ_as_they_say(trained):
     changes = {
         'unet-50': {'masks': 50, 'images_of': ('mask',)},
         'unet-twice': {'epochs': 2 * arms.EPOCHS},
+        'mtl-long': {'epochs': 4 * arms.EPOCHS},
         'mtl-imagenet': imagenet | {'encoder_lr_share': 0.2, 'muon': False},
         'mtl-seed': {'seed': 7},
     }
