@@ -51,6 +51,10 @@ class Arm(NamedTuple):
     first_seed: int = 0  # the seed of fold 0; that of fold k is k more
     sequential: bool = False  # the first half of the steps on class and box
 
+    @property
+    def differs_only_in_losses(self):
+        return not (self.config or self.first_seed or self.sequential)
+
 
 def few_masks(masks):
     """The two arms with that many masks in training."""

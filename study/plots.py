@@ -13,7 +13,7 @@ def save(figure, path):
 
 
 def draw_effects(differences, path):
-    """The Differences of `tables.compare_arms` with their intervals, a line for each and a panel for each metric."""
+    """Differences of `tables.compare_arms` with their intervals, a line for each and a panel for each metric."""
     groups = [[key for key in differences if key[2] == name] for name in SINGLE]
     groups = [keys for keys in groups if keys]
     heights = [len(keys) + 1 for keys in groups]

@@ -24,7 +24,7 @@ def draw(out):
     print(text, end='')
     draw_masks(by_arm(chosen, 'masks'), by_arm(chosen, 'test_dice'), out / 'masks.png')
     if differences:
-        draw_effects(differences, out / 'effects.png')
+        draw_effects(main_differences(differences), out / 'effects.png')
     if gains:
         draw_gains(gains, out / 'gains.png')
 
@@ -65,6 +65,13 @@ def image_differences(scores, arm, reference, metric):
     return [values.to_numpy() for _, values in (ours - theirs).groupby('fold')]
 
 
+def main_differences(differences):
+    """Those of `compare_arms` that are confirmatory or of an arm that differs only in its losses."""
+    return {
+        key: each for key, each in differences.items() if key in CONFIRMATORY or ARMS[key[0]].differs_only_in_losses
+    }
+
+
 def find_gains(chosen):
     """{arm: its `relative_gain` over the single-task networks, a table of folds x metrics}.
 
@@ -76,7 +83,7 @@ def find_gains(chosen):
         ours = pd.DataFrame({metric: tested[metric][name] for metric in metrics})
         single = pd.DataFrame({metric: tested[metric][SINGLE[metric]] for metric in metrics})
         gain = relative_gain(ours, single).dropna()
-        if len(gain) and len(metrics) > 1 and not arm.config and not arm.first_seed:
+        if len(gain) and len(metrics) > 1 and arm.differs_only_in_losses:
             found[name] = gain
     return found
 
