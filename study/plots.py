@@ -13,7 +13,7 @@ def save(figure, path):
 
 
 def draw_effects(differences, path):
-    """Differences of `tables.compare_arms` with their intervals, a line for each and a panel for each metric."""
+    """Differences of `tables.compare_arms` with their t intervals, a line for each and a panel for each metric."""
     groups = [[key for key in differences if key[2] == name] for name in SINGLE]
     groups = [keys for keys in groups if keys]
     heights = [len(keys) + 1 for keys in groups]
@@ -22,15 +22,13 @@ def draw_effects(differences, path):
     for axes, keys in zip(panels, groups):
         for row, key in enumerate(reversed(keys)):
             found, colour = differences[key], 'C0' if key in CONFIRMATORY else 'grey'
-            axes.plot(found.t_interval, [row, row], color=colour, linewidth=1)
-            axes.plot(found.bootstrap_interval, [row, row], color=colour, linewidth=3)
+            axes.plot(found.t_interval, [row, row], color=colour, linewidth=2)
             axes.plot(found.mean, row, 'o', color=colour)
             axes.plot(found.fold_means, [row] * len(found.fold_means), '|', color='black')
         axes.set_yticks(range(len(keys)), [f'{arm} - {reference}' for arm, reference, _ in reversed(keys)])
         axes.axvline(0, color='grey', linestyle='--', linewidth=1)
         axes.set(ylim=(-0.7, len(keys) - 0.3), xlabel=f'difference of test {TITLES[keys[0][2]]}')
-    text = '95 %: t of the folds (thin), bootstrap (thick); dashes: folds; blue: confirmatory, grey: exploratory'
-    figure.supxlabel(text, fontsize=9)
+    figure.supxlabel('lines: 95 %, t of the folds; dashes: folds; blue: confirmatory, grey: exploratory', fontsize=9)
     save(figure, path)
 
 
@@ -59,18 +57,15 @@ def draw_masks(masks, dice, path):
 
 
 def draw_gains(gains, path):
-    """The gains of each arm in each of its tasks, with the intervals of the folds."""
-    figure = new_figure(figsize=(8, 1.5 + 0.45 * len(gains)), layout='constrained')
-    axes = figure.subplots()
-    for number, name in enumerate(SINGLE):
-        colour, height = f'C{number}', 0.2 * (1 - number)
-        axes.plot([], [], 'o-', color=colour, label=TITLES[name])
+    """The gains of each arm with the intervals of the folds, a panel for each task."""
+    figure = new_figure(figsize=(9, 1 + 0.3 * len(gains)), layout='constrained')
+    for axes, name in zip(figure.subplots(1, len(SINGLE), sharey=True), SINGLE):
         for row, gain in enumerate(reversed(gains.values())):
             if name in gain:
-                axes.plot([100 * bound for bound in t_interval(gain[name])], [row + height] * 2, color=colour)
-                axes.plot(100 * gain[name].mean(), row + height, 'o', color=colour)
-    axes.set_yticks(range(len(gains)), list(reversed(gains)))
-    axes.axvline(0, color='grey', linestyle='--', linewidth=1)
-    axes.set_xlabel('gain over the network of only that task, per cent; lines: 95 %, t of the folds')
-    axes.legend(loc='upper left', bbox_to_anchor=(1, 1))
+                axes.plot([100 * bound for bound in t_interval(gain[name])], [row, row], color='C0')
+                axes.plot(100 * gain[name].mean(), row, 'o', color='C0')
+        axes.set_yticks(range(len(gains)), [f'{arm}, {len(gain)} folds' for arm, gain in reversed(gains.items())])
+        axes.axvline(0, color='grey', linestyle='--', linewidth=1)
+        axes.set_title(TITLES[name])
+    figure.supxlabel('gain over the network of only that task, per cent; lines: 95 %, t of the folds', fontsize=9)
     save(figure, path)

@@ -23,8 +23,8 @@ def draw(out):
     write_file(out / 'table.md', lambda file: file.write(text.encode()))
     print(text, end='')
     draw_masks(by_arm(chosen, 'masks'), by_arm(chosen, 'test_dice'), out / 'masks.png')
-    if differences:
-        draw_effects(main_differences(differences), out / 'effects.png')
+    if effects := of_losses(differences):
+        draw_effects(effects, out / 'effects.png')
     if gains:
         draw_gains(gains, out / 'gains.png')
 
@@ -65,11 +65,9 @@ def image_differences(scores, arm, reference, metric):
     return [values.to_numpy() for _, values in (ours - theirs).groupby('fold')]
 
 
-def main_differences(differences):
-    """Those of `compare_arms` that are confirmatory or of an arm that differs only in its losses."""
-    return {
-        key: each for key, each in differences.items() if key in CONFIRMATORY or ARMS[key[0]].differs_only_in_losses
-    }
+def of_losses(differences):
+    """Those of `compare_arms` of an arm that differs only in its losses."""
+    return {key: found for key, found in differences.items() if ARMS[key[0]].differs_only_in_losses}
 
 
 def find_gains(chosen):
