@@ -67,5 +67,7 @@ def draw_gains(gains, path):
         axes.set_yticks(range(len(gains)), [f'{arm}, {len(gain)} folds' for arm, gain in reversed(gains.items())])
         axes.axvline(0, color='grey', linestyle='--', linewidth=1)
         axes.set_title(TITLES[name])
-    figure.supxlabel('gain over the network of only that task, per cent of its score; lines: 95 %, t of the folds', fontsize=9)
+    figure.supxlabel(
+        'gain over the network of only that task, per cent of its score; lines: 95 %, t of the folds', fontsize=9
+    )
     save(figure, path)
