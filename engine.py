@@ -60,7 +60,7 @@ class Config:
     resume: str | None = None  # 'last' or 'auto'
     epochs: int = 30
     batch_size: int = 32  # over all processes
-    lr: float = 3e-3
+    lr: float = 1e-2  # the best of the study for several tasks
     encoder: str = 'unet'
     encoder_weights: str = 'none'
     encoder_lr: float | None = None  # None: `encoder_lr_share` of `lr`
@@ -94,10 +94,11 @@ class Config:
         weights = args.encoder_weights or ('none' if args.encoder == 'unet' or args.start else 'imagenet')
         if args.encoder == 'unet' and weights != 'none':
             raise InputError(f'--encoder-weights {weights}: --encoder unet has none; give a timm encoder, too')
-        options = {each.name: getattr(args, each.name) for each in fields(cls) if hasattr(args, each.name)}
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        options = {each.name: given[each.name] for each in fields(cls) if each.name in given}
         config = cls(**{**options, 'encoder_weights': weights})
         if config.pretrained:
-            config = replace(config, **PRETRAINED)
+            config = replace(config, **PRETRAINED | options)
         return replace(config, sizes=config.sizes[-1:]) if config.start else config
 
     @property
@@ -107,7 +108,13 @@ class Config:
 
 
 # What differs in the recipe for an encoder that has learned from other images.
-PRETRAINED = {'sizes': ((0.4, 1 / 2), (1, 3 / 4)), 'crop': (0.4, 1.0), 'muon': False, 'encoder_lr_share': 0.2}
+PRETRAINED = {
+    'lr': 3e-3,
+    'sizes': ((0.4, 1 / 2), (1, 3 / 4)),
+    'crop': (0.4, 1.0),
+    'muon': False,
+    'encoder_lr_share': 0.2,
+}
 
 # On a CPU, loading takes little of a step.
 DEFAULT_WORKERS = {'cpu': 0, 'cuda': 4}
@@ -124,7 +131,9 @@ def training_parser(description, out):
     add('--epochs', type=whole_number(1), default=Config.epochs, help='passes over the data (default: %(default)s)')
     size_help = 'images of a step, over all processes (default: %(default)s)'
     add('--batch-size', type=whole_number(1), default=Config.batch_size, help=size_help)
-    add('--lr', type=positive_number, default=Config.lr, help='highest learning rate (default: %(default)s)')
+    rates = Config.lr, PRETRAINED['lr']
+    lr_help = 'highest learning rate (default: {}, or {} for a timm model with weights)'.format(*rates)
+    add('--lr', type=positive_number, help=lr_help)
     encoder_help = "'unet', from scratch, or a timm model, such as tf_efficientnet_lite0 (default: %(default)s)"
     add('--encoder', default=Config.encoder, metavar='NAME', help=encoder_help)
     weights_help = "of a timm encoder at first: 'imagenet' (the default), 'none' or a file, its state dict"

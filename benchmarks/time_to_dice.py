@@ -98,10 +98,9 @@ def constant_dice(data):
 
 def planned(args):
     """[(contender, rate, seed) of each run]; the first seed of all comes first."""
-    rates = {'original': [LEARNING_RATE], 'original-our-training': args.rates}
-    return [
-        (name, rate, seed) for seed in range(args.seeds) for name in args.only for rate in rates.get(name, [Config.lr])
-    ]
+    rates = {name: [line.config.get('lr', Config.lr)] for name, line in CONTENDERS.items()}
+    rates |= {'original': [LEARNING_RATE], 'original-our-training': args.rates}
+    return [(name, rate, seed) for seed in range(args.seeds) for name in args.only for rate in rates[name]]
 
 
 def read_curves(path):

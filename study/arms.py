@@ -149,9 +149,8 @@ def train_run(key, data, folder, device, **changes):
         data=str(Path(data) / f'fold{key.fold}'),
         out=str(folder),
         device=device,
-        lr=key.rate,
         seed=arm.first_seed + key.fold,
-        **{**arm.config, **changes},
+        **{**arm.config, 'lr': key.rate, **changes},
     )
     loss = WeightedLoss.equal(arm.network.tasks) if arm.weights == 'equal' else weighting(arm.weights)
     if not arm.sequential:

@@ -165,7 +165,7 @@ def test_as_many_steps_as_fit(monkeypatch):
     assert time_to_dice.steps_that_fit(None, Config(epochs=40), seconds=600) == 600 / 0.5 / 40
 
 
-@pytest.mark.parametrize('name, muon, rates', [('masks', True, {0.003}), ('masks-imagenet', False, {0.003, 0.0006})])
+@pytest.mark.parametrize('name, muon, rates', [('masks', True, {0.01}), ('masks-imagenet', False, {0.003, 0.0006})])
 def test_ours_trains_as_the_scripts_do(shared_data, full_networks, name, muon, rates):
     run = train_step.make_run(time_to_dice.CONTENDERS[name], Config(shared_data, device='cpu'))
     assert isinstance(run.model, UNet) and any(group['muon'] for group in run.optimizer.param_groups) == muon

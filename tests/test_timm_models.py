@@ -107,7 +107,7 @@ def test_network_with_an_encoder_of_timm_trains_and_its_model_file_needs_no_weig
     config = json.loads((tmp_path / 'run' / 'metrics.json').read_text())['config']
     assert (config['encoder'], config['encoder_weights'], config['encoder_lr_share']) == (SMALL, 'none', 1)
     groups = load_checkpoint(tmp_path / 'run' / 'last.pt', TRAINING_FORMAT)['optimizer']['param_groups']
-    assert (groups[0]['max_lr'], groups[-1]['max_lr']) == (0.003, 0.002)
+    assert (groups[0]['max_lr'], groups[-1]['max_lr']) == (0.01, 0.002)
     monkeypatch.setattr(models, 'CHANNELS', None)  # our own encoder is not part of it
     model = load_model(path)
     assert all(value.isfinite().all() for value in model(torch.randn(1, 3, 64, 64))) and model.encoder_name == SMALL
