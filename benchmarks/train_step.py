@@ -27,6 +27,7 @@ import common
 import torch
 from reference import OriginalRun, ReferenceNet, SmpUNet, SmpUNet34, import_smp
 
+import train_mtl
 from dataloader_mtl import MTLDataset, RandomCropFlip, training_size
 from engine import PRETRAINED, Config, Run
 from evaluation import to_device
@@ -74,7 +75,8 @@ LINES = {**WATERFALL, RECIPE: Line(MTLNet), **OTHERS}
 def make_run(line, config):
     """The run of a line, as `config` says where the line does not."""
     seed_everything(config.seed)
-    run = line.run(line.network, WeightedLoss.equal(line.network.tasks), replace(config, **line.config))
+    loss = WeightedLoss(train_mtl.WEIGHTS) if line.network is MTLNet else WeightedLoss.equal(line.network.tasks)
+    run = line.run(line.network, loss, replace(config, **line.config))
     run.model.to(memory_format=line.memory_format)
     return run
 

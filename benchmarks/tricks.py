@@ -29,6 +29,7 @@ from train_step import IMAGENET, Line, make_run
 
 import engine
 import models
+import train_mtl
 import utils
 from dataloader_mtl import MTLDataset
 from engine import Config
@@ -52,6 +53,10 @@ class Variant(NamedTuple):
     change: Callable = lambda: None
     bases: tuple = tuple(BASES)
     keep_memory: bool = True
+
+
+def equal_weights():
+    train_mtl.WEIGHTS = dict.fromkeys(MTLNet.tasks, 1 / len(MTLNet.tasks))
 
 
 def no_smoothing():
@@ -95,6 +100,7 @@ VARIANTS = {
     'no small pets': Variant({'zoom_out': 0}),
     'no poor light': Variant({'poor_light': 0}),
     'neither': Variant({'zoom_out': 0, 'poor_light': 0}),
+    'equal weights of the tasks': Variant(change=equal_weights),
     'no label smoothing': Variant(change=no_smoothing),
     'L1 without GIoU': Variant(change=no_giou),
     'no residual shortcut': Variant(change=no_shortcut, bases=('scratch',)),
