@@ -2,8 +2,8 @@
 
 The training scripts say which network and which weighting of the tasks' losses; the rest is here:
 
-    args = engine.training_parser(__doc__, out='runs/mtl').parse_args()
-    engine.train(MTLNet, WeightedLoss.equal(MTLNet.tasks), engine.Config.from_args(args))
+    args = engine.training_parser(__doc__, out='runs/baseline').parse_args()
+    engine.train(UNet, WeightedLoss.equal(UNet.tasks), engine.Config.from_args(args))
 
 A run writes last.pt (all that --resume needs), log.csv, curves.png, best.pt (the model with the best
 validation Dice) and, at the end, metrics.json with the test metrics of best.pt and test_scores.csv with those
