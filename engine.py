@@ -94,8 +94,8 @@ class Config:
         weights = args.encoder_weights or ('none' if args.encoder == 'unet' or args.start else 'imagenet')
         if args.encoder == 'unet' and weights != 'none':
             raise InputError(f'--encoder-weights {weights}: --encoder unet has none; give a timm encoder, too')
-        given = {name: value for name, value in vars(args).items() if value is not None}
-        options = {each.name: given[each.name] for each in fields(cls) if each.name in given}
+        given = {each.name: getattr(args, each.name, None) for each in fields(cls)}
+        options = {name: value for name, value in given.items() if value is not None}
         config = cls(**{**options, 'encoder_weights': weights})
         if config.pretrained:
             config = replace(config, **PRETRAINED | options)
@@ -131,8 +131,7 @@ def training_parser(description, out):
     add('--epochs', type=whole_number(1), default=Config.epochs, help='passes over the data (default: %(default)s)')
     size_help = 'images of a step, over all processes (default: %(default)s)'
     add('--batch-size', type=whole_number(1), default=Config.batch_size, help=size_help)
-    rates = Config.lr, PRETRAINED['lr']
-    lr_help = 'highest learning rate (default: {}, or {} for a timm model with weights)'.format(*rates)
+    lr_help = f'highest learning rate (default: {Config.lr}, or {PRETRAINED["lr"]} for a timm model with weights)'
     add('--lr', type=positive_number, help=lr_help)
     encoder_help = "'unet', from scratch, or a timm model, such as tf_efficientnet_lite0 (default: %(default)s)"
     add('--encoder', default=Config.encoder, metavar='NAME', help=encoder_help)

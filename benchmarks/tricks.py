@@ -56,7 +56,7 @@ class Variant(NamedTuple):
 
 
 def equal_weights():
-    train_mtl.WEIGHTS = dict.fromkeys(MTLNet.tasks, 1 / len(MTLNet.tasks))
+    train_mtl.WEIGHTS = utils.WeightedLoss.equal(MTLNet.tasks).weights
 
 
 def no_smoothing():

@@ -138,9 +138,9 @@ def training_options(data, out, *more):
 
 def train(data, out, *more, network=models.MTLNet, weighting=None):
     """Train, with the shared data in three steps an epoch; returns the content of metrics.json."""
-    weights = train_mtl.WEIGHTS if network is models.MTLNet else dict.fromkeys(network.tasks, 1 / len(network.tasks))
+    default = WeightedLoss(train_mtl.WEIGHTS) if network is models.MTLNet else WeightedLoss.equal(network.tasks)
     args = engine.training_parser('', out='').parse_args(training_options(data, out, *more))
-    return engine.train(network, weighting or WeightedLoss(weights), engine.Config.from_args(args))
+    return engine.train(network, weighting or default, engine.Config.from_args(args))
 
 
 def read_folder(folder):
