@@ -49,8 +49,8 @@ def create_features(name, weights='none'):
         what = reason(error).partition('. ')[0]
         if weights == 'imagenet' and name not in PACKAGED:
             what = (
-                f'its weights cannot be fetched ({what}); take --encoder {PACKAGED[0]}, whose weights are in a package, '
-                '--encoder-weights FILE or --encoder-weights none'
+                f'its weights cannot be fetched ({what}); take --encoder {PACKAGED[0]}, whose weights are in a '
+                'package, --encoder-weights FILE or --encoder-weights none'
             )
         raise InputError(f"encoder '{name}': {what}") from None
     finally:
