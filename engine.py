@@ -5,8 +5,8 @@ The training scripts say which network and which weighting of the tasks' losses;
     args = engine.training_parser(__doc__, out='runs/baseline').parse_args()
     engine.train(UNet, WeightedLoss.equal(UNet.tasks), engine.Config.from_args(args))
 
-A run writes last.pt (all that --resume needs), log.csv, curves.png, best.pt (the model with the best
-validation Dice) and, at the end, metrics.json with the test metrics of best.pt and test_scores.csv with those
+A run writes last.pt (all that --resume needs), log.csv, curves.png, best.pt (the model of the epoch with the best
+validation metrics) and, at the end, metrics.json with the test metrics of best.pt and test_scores.csv with those
 of each image. On a CPU, a run that was stopped or killed and resumed ends with the same weights as one that
 was not, bit for bit: every random number comes from a seed made of --seed, the epoch and the step.
 Augmentation, image size and batches of an epoch are in dataloader_mtl.py, losses and metrics in utils.py, the
@@ -71,8 +71,8 @@ class Config:
     checkpoint_minutes: float = 10
     limit_batches: int | None = None
     # The recipe. Small images allow more epochs in the same time (progressive resizing: Howard, fast.ai on DAWNBench,
-    # 2018). At the final 3/4 of the size, objects in crops are about as large as in the whole images of evaluation.
-    sizes: tuple = ((0.3, 3 / 8), (0.65, 1 / 2), (1, 3 / 4))  # see `training_size`
+    # 2018). At 3/4 of the size, objects in crops are about as large as in the whole images of evaluation.
+    sizes: tuple = ((0.3, 3 / 8), (0.6, 1 / 2), (0.85, 3 / 4), (1, 1))  # see `training_size`
     crop: tuple = (0.25, 1.0)  # smallest and largest area of a crop, as a share of the image's
     jitter: float = 0.3  # see `colour_jitter`
     zoom_out: float = 0.25  # share of the images, see `zoom_out`
@@ -108,13 +108,7 @@ class Config:
 
 
 # What differs in the recipe for an encoder that has learned from other images.
-PRETRAINED = {
-    'lr': 3e-3,
-    'sizes': ((0.4, 1 / 2), (1, 3 / 4)),
-    'crop': (0.4, 1.0),
-    'muon': False,
-    'encoder_lr_share': 0.2,
-}
+PRETRAINED = {'lr': 3e-3, 'sizes': ((0.4, 1 / 2), (0.8, 3 / 4), (1, 1)), 'muon': False, 'encoder_lr_share': 0.2}
 
 UNSAVED = ('data', 'out', 'resume', 'workers', 'checkpoint_minutes')  # of a Config: nothing trained depends on them
 REPORTED = ('commit', 'threads')  # a change is reported on resume; the weights may then differ
@@ -273,12 +267,20 @@ def copy_weights(path, model):
     model.load_state_dict(state | {name: each for name, each in found.items() if each.shape == state[name].shape})
 
 
-def selection_metric(row):
-    """The metric that chooses the best epoch: the first of METRICS that validation has labels for.
+def selection_metrics(row):
+    """The metrics whose mean chooses the best epoch: of each task that validation has labels for, the first of METRICS.
 
-    None without any; the last epoch is the best then.
+    Dice alone changes least from epoch to epoch and would leave breeds and boxes to chance. Without any, the last epoch
+    is the best.
     """
-    return next((name for name in METRICS if f'val_{name}' in row), None)
+    first = {metric.task: name for name, metric in reversed(METRICS.items()) if f'val_{name}' in row}
+    return [name for name in METRICS if name in first.values()]
+
+
+def is_better(row, best):
+    """Whether an epoch is better than the best one before it, if there is one."""
+    names = selection_metrics(row)
+    return best is None or not names or sum(row[f'val_{name}'] - best[f'val_{name}'] for name in names) > 0
 
 
 def labelled_part(network, splits):
@@ -384,8 +386,7 @@ class Run:
         }
         self.history.append(row)
         self.start_epoch()
-        name = selection_metric(row)
-        if self.best is None or name is None or row[f'val_{name}'] > self.best[f'val_{name}']:
+        if is_better(row, self.best):
             self.best = row
             self.best_model = model_content(self.average.module, *self.model_info)
         return row
@@ -542,8 +543,8 @@ def report_test(run, temperature, test, pooled, scores):
     config, best, folder = run.config, run.best, Path(run.config.out)
     class_names = run.splits['train'].dataset.split.class_names
     names, classes = image_names(run.splits['test'])
-    name = selection_metric(best)
-    chosen = f'best validation {name}' if name else 'the last, without validation labels'
+    names = selection_metrics(best)
+    chosen = f'best validation {" + ".join(names)}' if names else 'the last, without validation labels'
     report.print_test(f'Test, epoch {best["epoch"]} of {config.epochs} ({chosen})', test | pooled, PRINTED)
     columns = {name: scores[name] for name in METRICS}
     report.write_scores(columns, names, classes, folder / 'test_scores.csv')

@@ -3,7 +3,7 @@
     python train_ablation.py --without bbox      # AblatedNet: mask and class
     python train_ablation.py --without class     # AblatedNet2: mask and box
 
-Prints a line per epoch and, at the end, the test metrics of the epoch with the best validation Dice.
+Prints a line per epoch and, at the end, the test metrics of the epoch with the best validation metrics.
 Writes the run to runs/without_bbox/ or runs/without_class/.
 """
 

@@ -2,7 +2,7 @@
 
     python train_baseline.py
 
-Prints a line per epoch and, at the end, the test metrics of the epoch with the best validation Dice.
+Prints a line per epoch and, at the end, the test metrics of the epoch with the best validation metrics.
 Writes the run to runs/baseline/. Images without a mask are not used.
 """
 

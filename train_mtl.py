@@ -3,7 +3,7 @@
     python train_mtl.py
     torchrun --nproc-per-node 2 train_mtl.py     # data-parallel, in two processes
 
-Prints a line per epoch and, at the end, the test metrics of the epoch with the best validation Dice.
+Prints a line per epoch and, at the end, the test metrics of the epoch with the best validation metrics.
 Writes the run to runs/mtl/ and the model that mtl_vis.py needs to the file mtl_model.pt beside this script.
 """
 
