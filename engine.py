@@ -234,7 +234,7 @@ def not_finite(title, step, batches, total, losses):
 def validate(run, before_batch):
     """The metrics of the averaged weights on the validation split, as `evaluate` returns them."""
     if dist.is_initialized():  # BatchNorm's statistics differ between ranks; rank 0's are saved
-        for buffer in run.average.buffers():
+        for buffer in run.average.module.buffers():
             dist.broadcast(buffer, 0)
     options = {'workers': run.workers, 'bfloat16': run.bfloat16, 'before_batch': before_batch}
     return evaluate(run.average.module, run.splits['val'], run.device, **options)
