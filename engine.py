@@ -543,8 +543,8 @@ def report_test(run, temperature, test, pooled, scores):
     config, best, folder = run.config, run.best, Path(run.config.out)
     class_names = run.splits['train'].dataset.split.class_names
     names, classes = image_names(run.splits['test'])
-    names = selection_metrics(best)
-    chosen = f'best validation {" + ".join(names)}' if names else 'the last, without validation labels'
+    chosen = ' + '.join(selection_metrics(best))
+    chosen = f'best validation {chosen}' if chosen else 'the last, without validation labels'
     report.print_test(f'Test, epoch {best["epoch"]} of {config.epochs} ({chosen})', test | pooled, PRINTED)
     columns = {name: scores[name] for name in METRICS}
     report.write_scores(columns, names, classes, folder / 'test_scores.csv')

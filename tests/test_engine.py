@@ -58,7 +58,16 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_epoch_with_the_best_validation_dice_is_tested_once(shared_data, tmp_path, monkeypatch):
+def test_the_best_epoch_has_the_highest_mean_of_the_first_metric_of_each_task():
+    best = {'val_dice': 0.9, 'val_mask_iou': 0.8, 'val_accuracy': 0.7, 'val_box_iou': 0.6, 'val_loss_mask': 0.1}
+    assert engine.selection_metrics(best) == ['dice', 'accuracy', 'box_iou']
+    assert engine.is_better(best | {'val_dice': 0.89, 'val_box_iou': 0.62}, best)
+    assert not engine.is_better(best | {'val_dice': 0.91, 'val_box_iou': 0.58, 'val_mask_iou': 0.9}, best)
+    assert not engine.is_better(best, best) and engine.is_better(best, None)
+    assert engine.is_better({'epoch': 2}, {'epoch': 1})  # without any label, the last
+
+
+def test_best_epoch_is_tested_once(shared_data, tmp_path, monkeypatch):
     scores, scored, weights, original = iter([0.3, 0.9, 0.9, 0.9]), [], [], evaluation.score
 
     def score(model, part, *args, **kw):
