@@ -15,6 +15,7 @@ import robustness
 import time_to_dice
 import torch
 import train_step
+import tricks
 from conftest import ROOT
 from reference import OriginalRun, ReferenceMaskNet, ReferenceNet, SmpUNet
 
@@ -190,6 +191,36 @@ def test_times_are_medians_over_the_seeds():
     *_, row = time_to_dice.make_rows(groups)
     assert row[:3] == ['masks', '0.003', '3'] and row[3:6] == ['2.0 (1.0-3.0)', '3.0 (2.0-3.0)', 'not reached']
     assert row[6:] == ['0.860 (0.850-0.900)', '48']
+
+
+# ---- tricks.py
+
+
+def test_differences_to_the_whole_recipe_share_their_spread():
+    values = {tricks.WHOLE: (0.5, 0.6), 'AdamW for all': (0.6, 0.7), 'no colour jitter': (0.5, 0.7)}
+    rows = [
+        {'variant': name, 'seed': seed, 'steps': steps, **dict.fromkeys(tricks.METRICS, value)}
+        for (name, pair), steps in zip(values.items(), (10, 5, 10))
+        for seed, value in enumerate(pair)
+    ]
+    whole, adamw, jitter = tricks.table_rows(rows)
+    assert whole[:4] == [tricks.WHOLE, '2', '1.00', '0.5500']
+    # 0.005 of squares in two degrees of freedom; the half-width is 4.303 (0.0025 / 2)^0.5.
+    assert adamw[:4] == ['AdamW for all', '2', '0.50', '+0.1000 ± 0.1521'] and jitter[3] == '+0.0500 ± 0.1521'
+
+
+@pytest.mark.slow
+def test_variants_take_the_steps_that_were_measured_and_finished_runs_stay(shared_data, tmp_path, capsys):
+    options = ['--data', str(shared_data), '--minutes', '0.001', '--out', str(tmp_path)]
+    options += ['--only', tricks.WHOLE, 'no colour jitter', '--seeds']
+    (tmp_path / 'scratch-steps.csv').write_text(f'variant,steps\n{tricks.WHOLE},1\n')
+    tricks.main([*options, '1'])
+    rows = tricks.read_rows(tmp_path / 'scratch.csv')
+    assert {(row['variant'], row['seed']) for row in rows} == {(tricks.WHOLE, 0), ('no colour jitter', 0)}
+    assert len(tricks.read_rows(tmp_path / 'scratch-steps.csv')) == 2 and rows[0]['steps'] == 1
+    capsys.readouterr()
+    tricks.main([*options, '1'])
+    assert tricks.read_rows(tmp_path / 'scratch.csv') == rows and 'no colour jitter' in capsys.readouterr().out
 
 
 # ---- robustness.py
