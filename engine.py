@@ -5,10 +5,10 @@ The training scripts say which network and which weighting of the tasks' losses;
     args = engine.training_parser(__doc__, out='runs/baseline').parse_args()
     engine.train(UNet, WeightedLoss.equal(UNet.tasks), engine.Config.from_args(args))
 
-A run writes last.pt (all that --resume needs), log.csv, curves.png, best.pt (the model of the epoch with the best
-validation metrics) and, at the end, metrics.json with the test metrics of best.pt and test_scores.csv with those
-of each image. On a CPU, a run that was stopped or killed and resumed ends with the same weights as one that
-was not, bit for bit: every random number comes from a seed made of --seed, the epoch and the step.
+A run writes last.pt (all that --resume needs), log.csv, curves.png, best.pt (the model of the epoch with the highest
+mean of validation Dice, accuracy and box IoU) and, at the end, metrics.json with the test metrics of best.pt and
+test_scores.csv with those of each image. On a CPU, a run that was stopped or killed and resumed ends with the same
+weights as one that was not, bit for bit: every random number comes from a seed made of --seed, the epoch and the step.
 Augmentation, image size and batches of an epoch are in dataloader_mtl.py, losses and metrics in utils.py, the
 optimiser in optimizers.py, validation and the test in evaluation.py.
 """
@@ -71,7 +71,7 @@ class Config:
     checkpoint_minutes: float = 10
     limit_batches: int | None = None
     # The recipe. Small images allow more epochs in the same time (progressive resizing: Howard, fast.ai on DAWNBench,
-    # 2018). At 3/4 of the size, objects in crops are about as large as in the whole images of evaluation.
+    # 2018). In crops at 3/4 of the size, objects are about as large as in evaluation; the last epochs are for detail.
     sizes: tuple = ((0.3, 3 / 8), (0.6, 1 / 2), (0.85, 3 / 4), (1, 1))  # see `training_size`
     crop: tuple = (0.25, 1.0)  # smallest and largest area of a crop, as a share of the image's
     jitter: float = 0.3  # see `colour_jitter`
@@ -111,7 +111,7 @@ class Config:
 PRETRAINED = {'lr': 3e-3, 'sizes': ((0.4, 1 / 2), (0.8, 3 / 4), (1, 1)), 'muon': False, 'encoder_lr_share': 0.2}
 
 UNSAVED = ('data', 'out', 'resume', 'workers', 'checkpoint_minutes')  # of a Config: nothing trained depends on them
-REPORTED = ('commit', 'threads')  # a change is reported on resume; the weights may then differ
+REPORTED = ('commit', 'threads', 'augmented_on')  # a change is reported on resume; the weights may then differ
 
 
 def training_parser(description, out):
@@ -195,7 +195,7 @@ def train_one_epoch(run, before_step=lambda: None):
     config, epoch, train_set = run.config, run.epoch, run.splits['train'].dataset
     size = training_size(epoch, config.epochs, train_set.split.image_size, config.sizes)
     train_set.transform = RandomCropFlip(*size, config.crop)
-    train_set.device = torch.device('cpu') if run.workers else run.device
+    train_set.device = run.augmentation_device()
     train_set.jitter = config.jitter
     for name in 'zoom_out', 'remove_pets', 'poor_light':
         setattr(train_set, name, getattr(config, name))
@@ -270,11 +270,14 @@ def copy_weights(path, model):
 def selection_metrics(row):
     """The metrics whose mean chooses the best epoch: of each task that validation has labels for, the first of METRICS.
 
-    Dice alone changes least from epoch to epoch and would leave breeds and boxes to chance. Without any, the last epoch
+    Near the end of a run Dice hardly changes, while breeds and boxes still improve. Without any label, the last epoch
     is the best.
     """
-    first = {metric.task: name for name, metric in reversed(METRICS.items()) if f'val_{name}' in row}
-    return [name for name in METRICS if name in first.values()]
+    first = {}
+    for name, metric in METRICS.items():
+        if f'val_{name}' in row:
+            first.setdefault(metric.task, name)
+    return list(first.values())
 
 
 def is_better(row, best):
@@ -338,11 +341,16 @@ class Run:
             'preparation': split.preparation or f'checksum {labels_checksum:08x}',
             'train_samples': len(self.splits['train']),
             'device': self.device.type,
+            'augmented_on': self.augmentation_device().type,
             'precision': 'bfloat16' if self.bfloat16 else 'float32',
             'processes': get_world_size(),
             'threads': torch.get_num_threads(),
             'commit': report.read_commit(),
         }
+
+    def augmentation_device(self):
+        """Workers augment on the CPU, and so must not be given a GPU."""
+        return torch.device('cpu') if self.workers else self.device
 
     def draw(self, epoch):
         """The EpochBatches of an epoch."""
@@ -543,8 +551,8 @@ def report_test(run, temperature, test, pooled, scores):
     config, best, folder = run.config, run.best, Path(run.config.out)
     class_names = run.splits['train'].dataset.split.class_names
     names, classes = image_names(run.splits['test'])
-    chosen = ' + '.join(selection_metrics(best))
-    chosen = f'best validation {chosen}' if chosen else 'the last, without validation labels'
+    chosen = ', '.join(selection_metrics(best))
+    chosen = f'best mean of validation {chosen}' if chosen else 'the last, without validation labels'
     report.print_test(f'Test, epoch {best["epoch"]} of {config.epochs} ({chosen})', test | pooled, PRINTED)
     columns = {name: scores[name] for name in METRICS}
     report.write_scores(columns, names, classes, folder / 'test_scores.csv')

@@ -38,7 +38,7 @@ def score(model, dataset, device, batch_size=32, workers=0, bfloat16=False, befo
     loader, split = evaluation_loader(dataset, batch_size, workers), getattr(dataset, 'dataset', dataset).split
     for positions, batch in zip(loader.sampler, iter_loader(loader)):
         before_batch()
-        known = {name: task.known(getattr(batch, task.field)).numpy() for name, task in TASKS.items()}
+        known = {name: task.known(getattr(batch, task.field)).cpu().numpy() for name, task in TASKS.items()}
         batch = to_device(batch, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             outputs = model(batch.image)

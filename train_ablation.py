@@ -3,7 +3,7 @@
     python train_ablation.py --without bbox      # AblatedNet: mask and class
     python train_ablation.py --without class     # AblatedNet2: mask and box
 
-Prints a line per epoch and, at the end, the test metrics of the epoch with the best validation metrics.
+Prints a line per epoch and, at the end, the test metrics of the best epoch in validation.
 Writes the run to runs/without_bbox/ or runs/without_class/.
 """
 

@@ -2,7 +2,7 @@
 
     python train_baseline.py
 
-Prints a line per epoch and, at the end, the test metrics of the epoch with the best validation metrics.
+Prints a line per epoch and, at the end, the test metrics of the best epoch in validation.
 Writes the run to runs/baseline/. Images without a mask are not used.
 """
 

@@ -3,7 +3,7 @@
     python train_mtl.py
     torchrun --nproc-per-node 2 train_mtl.py     # data-parallel, in two processes
 
-Prints a line per epoch and, at the end, the test metrics of the epoch with the best validation metrics.
+Prints a line per epoch and, at the end, the test metrics of the best epoch in validation.
 Writes the run to runs/mtl/ and the model that mtl_vis.py needs to the file mtl_model.pt beside this script.
 """
 
@@ -16,8 +16,7 @@ from support.distributed import is_main_process, process_group
 from support.files import write_file
 from utils import WeightedLoss
 
-# With equal weights, masks are worse than those of a mask-only network. These win most of that back, and neither breeds
-# nor boxes are worse for it (docs/study.md).
+# With equal weights, masks are worse than those of a mask-only network. These win most of that back (docs/study.md).
 WEIGHTS = {'mask': 0.7, 'class': 0.15, 'box': 0.15}
 
 

@@ -6,8 +6,8 @@ Without a GPU it says so in one line. With one, it draws 400 pets and
 
     tests       runs tests/test_cuda.py
     losses      compares the losses of the first steps with those on the CPU, in float32 without TF32
-    resume      stops a run in the middle and resumes it, with workers. Two runs that are not stopped differ in their
-                weights by some noise, or not at all; the resumed one may differ by ten times that
+    resume      stops a run in the middle and resumes it, without and with workers. Two runs that are not stopped differ
+                in their weights by some noise, or not at all; the resumed one may differ by ten times that
     throughput  images a second of training at 256 x 256, augmented on the GPU (0 workers) or by 1 to 8 workers on the
                 CPU, relative to a batch that stays on the GPU
     memory      the peak of the GPU's memory in bfloat16, relative to float32
@@ -138,7 +138,7 @@ def largest_difference(one, two):
     )
 
 
-def check_resume(data, device, out, steps=10, batch_size=32, workers=2):
+def check_resume(data, device, out, steps=10, batch_size=32, workers=0):
     """The stop is in the middle of the second of two epochs."""
     config = engine.Config(data, epochs=2, steps=steps, batch_size=batch_size, device=device, workers=workers)
     runs = {'whole': None, 'again': None, 'resumed': steps + steps // 2}
@@ -238,6 +238,7 @@ def main(argv=None):
             'tests': run_tests,
             'losses': partial(compare_losses, data, 'cuda'),
             'resume': partial(check_resume, data, 'cuda', Path(data) / 'runs'),
+            'resume with workers': partial(check_resume, data, 'cuda', Path(data) / 'with_workers', workers=2),
             'throughput': partial(measure_throughput, data, 'cuda'),
             'memory': partial(measure_memory, data, 'cuda'),
         }

@@ -10,10 +10,11 @@ is paid in steps. How many fit is measured once for each variant, on a CPU and o
 own, and validated at its end, also on small pets in poor light (see robustness.py). The test split is not used.
 
 A finished run is added to BASE.csv in --out, and the same command again makes the runs that are missing; one --out for
-one machine, data, --minutes and commit. The table has the mean differences to the whole recipe, seed by seed, with 95 %
-intervals by Student's t; all variants are taken to vary alike between seeds. There is no ratio.
+one machine, device, data, --minutes and commit. The table has the mean differences to the whole recipe, seed by seed,
+with 95 % intervals by Student's t; all variants are taken to vary alike between seeds. There is no ratio.
 """
 
+import math
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -93,6 +94,11 @@ def wider_decoder():
     models.TIMM_WIDTHS = tuple(2 * width for width in models.TIMM_WIDTHS)
 
 
+def without_full_size(sizes):
+    """`Config.sizes` whose last but one size lasts to the end."""
+    return *sizes[:-2], (1, sizes[-2][1])
+
+
 VARIANTS = {
     WHOLE: Variant(),
     'AdamW for all': Variant({'muon': False}, bases=('scratch',)),
@@ -112,8 +118,8 @@ VARIANTS = {
     'cosine schedule': Variant(change=cosine_schedule),
     'float32': Variant({'bfloat16': False}),
     'freed memory not kept': Variant(keep_memory=False),
-    'no full size at the end': Variant({'sizes': (*Config.sizes[:-2], (1, 3 / 4))}, bases=('scratch',)),
-    'no full size at the end, ImageNet': Variant({'sizes': ((0.4, 1 / 2), (1, 3 / 4))}, bases=('imagenet',)),
+    'no full size at the end': Variant({'sizes': without_full_size(Config.sizes)}, bases=('scratch',)),
+    'no full size at the end, ImageNet': Variant({'sizes': without_full_size(IMAGENET['sizes'])}, bases=('imagenet',)),
     'milder crops': Variant({'crop': (0.4, 1.0)}),
     'wider decoder': Variant(change=wider_decoder, bases=('imagenet',)),
     'EfficientNet-Lite1': Variant({'encoder': 'tf_efficientnet_lite1'}, bases=('imagenet',)),
@@ -153,12 +159,16 @@ def train_variant(name, base, config, results):
 
 def run_all(tasks, jobs):
     """Yield the row of each of `tasks`, (function, *arguments), as it comes; `jobs` processes at a time."""
-    context = multiprocessing.get_context('spawn')
-    with ThreadPoolExecutor(jobs) as pool:
+    context, pool = multiprocessing.get_context('spawn'), ThreadPoolExecutor(jobs)
+    try:
         for done in as_completed([pool.submit(run_process, context, *task) for task in tasks]):
             if row := done.result():
                 print(row, flush=True)
                 yield row
+    finally:  # also after Ctrl-C
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
 
 
 def run_process(context, function, *arguments):
@@ -178,20 +188,34 @@ def table_rows(rows):
     """The rows of the table: differences to WHOLE over the seeds that both have."""
     values = pd.DataFrame(rows).set_index(['variant', 'seed'])
     whole, steps = values.loc[WHOLE, list(METRICS)], values['steps'].groupby('variant').mean()
-    found = {name: values.loc[name, list(METRICS)] for name in VARIANTS if name in values.index}
-    differences = {name: (each - whole).dropna() for name, each in found.items() if name != WHOLE}
-    # Two or three seeds say little about their spread; all variants together say more.
-    freedom = sum(len(each) - 1 for each in differences.values())
-    variance = sum(((each - each.mean()) ** 2).sum() for each in differences.values()) / max(1, freedom)
+    variance, freedom = residual_variance(values)
     table = []
-    for name, each in found.items():
-        cells = [f'{each[metric].mean():.4f}' for metric in METRICS]
+    for name in (name for name in VARIANTS if name in values.index):
+        each = values.loc[name, list(METRICS)]
+        cells = [f'{each[metric].mean():.3f}' for metric in METRICS]
         if name != WHOLE:
-            each = differences[name]
-            half = stats.t.ppf(0.975, max(1, freedom)) * (variance / len(each)) ** 0.5
-            cells = [f'{each[metric].mean():+.4f} ± {half[metric]:.4f}' for metric in METRICS]
+            each = (each - whole).dropna()
+            half = {
+                metric: stats.t.ppf(0.975, freedom) * (2 * variance[metric] / len(each)) ** 0.5 for metric in METRICS
+            }
+            cells = [f'{each[metric].mean():+.3f} ± {half[metric]:.3f}' for metric in METRICS]
         table.append([name, str(len(each)), f'{steps[name] / steps[WHOLE]:.2f}', *cells])
     return table
+
+
+def residual_variance(values):
+    """({metric: what is left of its variance after means of variants and seeds}, degrees of freedom), of runs.
+
+    Two or three seeds say little about the spread of one variant; all variants together say more. Of the seeds that all
+    variants have; NaN for fewer than two.
+    """
+    variance = {}
+    for metric in METRICS:
+        runs = values[metric].unstack('seed').dropna(axis=1)  # variants x seeds
+        freedom = (len(runs) - 1) * (runs.shape[1] - 1)
+        left = runs.sub(runs.mean(axis=1), axis=0) - runs.mean() + runs.mean().mean()
+        variance[metric] = (left**2).sum().sum() / (freedom or math.nan)
+    return variance, freedom
 
 
 def main(argv=None):
@@ -211,14 +235,16 @@ def main(argv=None):
     rows, measured = read_rows(path), read_rows(steps_path)
     with common.prepared(args.data, 600) as data:
         config = Config(data, epochs=EPOCHS, device='cpu')
-        missing = [name for name in names if name not in {row['variant'] for row in measured}]
+        known = {row['variant'] for row in measured}
+        missing = [name for name in names if name not in known]
         tasks = [(measure_steps, name, args.base, config, 60 * args.minutes) for name in missing]
         for row in run_all(tasks, 1):
             measured.append(row)
             write_csv(('variant', 'steps'), measured, steps_path)
         steps = {row['variant']: row['steps'] for row in measured}
         wanted = [(name, seed) for seed in range(args.seeds) for name in names if name in steps]
-        missing = [key for key in wanted if key not in {(row['variant'], row['seed']) for row in rows}]
+        done = {(row['variant'], row['seed']) for row in rows}
+        missing = [key for key in wanted if key not in done]
         tasks = [
             (train_variant, name, args.base, replace(config, steps=steps[name], seed=seed, device=args.device))
             for name, seed in missing

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import study
-from study.arms import ARMS, STEPS
+from study.arms import ARMS, EPOCHS, STEPS
 from support.cli import InputError, positive_number, reason, run_script, whole_number
 from support.files import lock_folder, write_file
 
@@ -23,7 +23,7 @@ def main(argv=None):
     add('--jobs', type=whole_number(1), default=1, help='runs side by side (default: %(default)s)')
     device_help = 'where to train (default: %(default)s); the same for all runs of an --out'
     add('--device', choices=('auto', 'cpu', 'cuda'), default='cpu', help=device_help)
-    steps_help = 'of a run, from one validation to the next (default: %(default)s); the same for all runs of an --out'
+    steps_help = f'between two of the {EPOCHS} validations (default: %(default)s); the same for all runs of an --out'
     add('--steps', type=whole_number(1), default=STEPS, help=steps_help)
     minutes_help = 'stop after M minutes; the same command resumes'
     add('--minutes', type=positive_number, metavar='M', help=minutes_help)

@@ -139,10 +139,7 @@ class RunKey(NamedTuple):
 
 
 def train_run(key, data, folder, device, **changes):
-    """Train a RunKey into `folder`, or continue; returns the content of metrics.json.
-
-    `changes` of the Config are for trials.
-    """
+    """Train a RunKey into `folder`, or continue, with `changes` of the Config; returns the content of metrics.json."""
     arm = ARMS[key.arm]
     config = replace(
         RECIPE,

@@ -204,9 +204,10 @@ def test_differences_to_the_whole_recipe_share_their_spread():
         for seed, value in enumerate(pair)
     ]
     whole, adamw, jitter = tricks.table_rows(rows)
-    assert whole[:4] == [tricks.WHOLE, '2', '1.00', '0.5500']
-    # 0.005 of squares in two degrees of freedom; the half-width is 4.303 (0.0025 / 2)^0.5.
-    assert adamw[:4] == ['AdamW for all', '2', '0.50', '+0.1000 ± 0.1521'] and jitter[3] == '+0.0500 ± 0.1521'
+    assert whole[:4] == [tricks.WHOLE, '2', '1.00', '0.550']
+    # What is left: 1/60 and -1/60 of the first two, -1/30 and 1/30 of the third; 4.303 (2 x 0.00333 / 2 / 2)^0.5.
+    assert adamw[:4] == ['AdamW for all', '2', '0.50', '+0.100 ± 0.176'] and jitter[3] == '+0.050 ± 0.176'
+    assert tricks.table_rows(rows[::2])[1][3] == '+0.100 ± nan'  # one seed
 
 
 @pytest.mark.slow

@@ -112,10 +112,10 @@ def test_the_first_losses_are_those_of_the_cpu(shared_data, device, monkeypatch)
 
 
 @EVERYWHERE
-def test_a_resumed_run_is_a_whole_one(shared_data, tmp_path, device, monkeypatch):
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=GPU)])
+def test_a_resumed_run_is_a_whole_one(shared_data, tmp_path, device, monkeypatch, workers):
     stopped, train_it = [], engine.train
     monkeypatch.setattr(engine, 'train', lambda *args: stopped.append(args[2].resume) or train_it(*args))
-    workers = 0 if device == 'cpu' else 2
     _, values = cuda_check.check_resume(shared_data, device, tmp_path, steps=2, batch_size=8, workers=workers)
     assert stopped == [None, None, None, 'last']
     assert device != 'cpu' or values['resumed'] == values['repeated'] == 0
