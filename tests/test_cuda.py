@@ -166,12 +166,12 @@ def test_a_failed_part_is_told_stops_no_other_and_makes_the_exit_status_1(monkey
     monkeypatch.setattr(cuda_check, 'run_tests', lambda: 1 / 0)
     monkeypatch.setattr(cuda_check, 'compare_losses', too_large)
     for name in 'check_resume', 'measure_throughput', 'measure_memory':
-        monkeypatch.setattr(cuda_check, name, lambda data, device, *_: (f'{data} on {device}', {'value': 3}))
+        monkeypatch.setattr(cuda_check, name, lambda data, device, *_, **__: (f'{data} on {device}', {'value': 3}))
     with pytest.raises(SystemExit) as stopped:
         cuda_check.main(['--out', str(tmp_path)])
     page = (tmp_path / 'cuda_check.txt').read_text()
     assert stopped.value.code == 1 and capsys.readouterr().out.startswith(page)
-    assert page.startswith('A card, ') and page.count('drawn on cuda') == 3
+    assert page.startswith('A card, ') and page.count('drawn on cuda') == 4
     assert 'tests: FAILED' in page and 'ZeroDivisionError' in page and 'losses: FAILED, 0 s\ntoo large\n' in page
     results = json.loads((tmp_path / 'cuda_check.json').read_text())['parts']
     assert [name for name, part in results.items() if not part['ok']] == ['tests', 'losses']
