@@ -205,7 +205,7 @@ def train_one_epoch(run, before_step=lambda: None):
     disable = None if is_main_process() else True  # None: a bar on a terminal, none in a log
     run.model.train()
     with tqdm(total=total_samples, initial=done, desc=title, unit='img', leave=False, disable=disable) as bar:
-        for batch in iter_loader(training_loader(batches, run.steps, run.workers, run.device)):
+        for batch in iter_loader(training_loader(batches, run.steps, config.workers, run.device)):
             before_step()
             batches.seed(run.steps, TRAINING)
             total, losses = run.objective(to_device(batch, run.device))
@@ -236,7 +236,7 @@ def validate(run, before_batch):
     if dist.is_initialized():  # BatchNorm's statistics differ between ranks; rank 0's are saved
         for buffer in run.average.module.buffers():
             dist.broadcast(buffer, 0)
-    options = {'workers': run.workers, 'bfloat16': run.bfloat16, 'before_batch': before_batch}
+    options = {'workers': run.config.workers, 'bfloat16': run.bfloat16, 'before_batch': before_batch}
     return evaluate(run.average.module, run.splits['val'], run.device, **options)
 
 
@@ -304,7 +304,6 @@ class Run:
     def __init__(self, network, weighting, config, read_weights=True):
         self.config, self.device = config, choose_device(config.device)
         self.bfloat16 = config.bfloat16 and has_fast_bfloat16(self.device)
-        self.workers = config.workers
         limit = config.limit_batches and config.limit_batches * config.batch_size
         self.splits = load_splits(config.data, config.images_of or network.tasks, limit, config.masks)
         split = self.splits['train'].dataset.split
@@ -350,7 +349,7 @@ class Run:
 
     def augmentation_device(self):
         """Workers augment on the CPU, and so must not be given a GPU."""
-        return torch.device('cpu') if self.workers else self.device
+        return torch.device('cpu') if self.config.workers else self.device
 
     def draw(self, epoch):
         """The EpochBatches of an epoch."""
@@ -518,7 +517,7 @@ def train(network, weighting, config):
                 row = run.end_epoch(losses, seconds, validate(run, check))
                 checkpoints.save()
                 print_once(report.epoch_line(row, config.epochs))
-            model, options = load_model(out / 'best.pt', run.device), {'workers': run.workers, 'before_batch': check}
+            model, options = load_model(out / 'best.pt', run.device), {'workers': config.workers, 'before_batch': check}
             temperature = calibrate(model, run.splits['val'], run.device, **options)
             if temperature:
                 on_main_process(save_checkpoint, out / 'best.pt', model_content(model, *run.model_info))
@@ -565,7 +564,7 @@ def report_test(run, temperature, test, pooled, scores):
         'best_epoch': best['epoch'],
         'temperature': temperature,
         'training_seconds': sum(row['total_seconds'] for row in run.history),
-        'config': run.settings | {'workers': run.workers},
+        'config': run.settings | {'workers': config.workers},
         'data': {split: count_known(subset) for split, subset in run.splits.items()},
         'parameters': sum(p.numel() for p in run.model.parameters()),
         'learned_weighting': {name: p.item() for name, p in run.weighting.named_parameters()},

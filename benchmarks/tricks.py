@@ -127,25 +127,25 @@ VARIANTS = {
 }
 
 
-def start_variant(name, base, config):
-    """The (Line, Config) of a variant, in a process of its own."""
+def start_variant(name, base):
+    """The Line of a variant, in a process of its own."""
     variant = VARIANTS[name]
     torch.set_num_threads(1)
     if variant.keep_memory:
         keep_freed_memory()
     variant.change()
-    return Line(MTLNet, config=BASES[base] | variant.config), config
+    return Line(MTLNet, config=BASES[base] | variant.config)
 
 
 def measure_steps(name, base, config, seconds, results):
     """Put the row of BASE-steps.csv into `results`."""
-    steps = steps_that_fit(*start_variant(name, base, config), seconds)
+    steps = steps_that_fit(start_variant(name, base), config, seconds)
     results.put({'variant': name, 'steps': steps})
 
 
 def train_variant(name, base, config, results):
     """Put the row of BASE.csv into `results`."""
-    run = make_run(*start_variant(name, base, config))
+    run = make_run(start_variant(name, base), config)
     for _ in range(config.epochs):
         train_epoch(run)
     metrics, model = {}, run.average.module

@@ -33,7 +33,6 @@ RECIPE = engine.Config(
 IMAGENET = {
     **engine.PRETRAINED,
     'sizes': RECIPE.sizes,
-    'crop': RECIPE.crop,
     'encoder': 'tf_efficientnet_lite0',
     'encoder_weights': 'imagenet',
 }

@@ -78,7 +78,7 @@ def read_photograph(source):
             raise ValueError('is empty')
         try:
             return to_srgb(upright(decode(data)))
-        except Exception:
+        except Exception:  # damaged metadata makes Pillow raise errors of any type
             for kept in without_metadata(data, but_exif=True), without_metadata(data):
                 with suppress(Exception):
                     return to_srgb(upright(decode(kept)))

