@@ -49,7 +49,7 @@ def draw_images(count):
 def assert_as_predict(outputs, model, images, share=1e-4, pixels=1e-2):
     """`outputs`: a tuple of arrays or tensors, as an Exported has them; to within a `share` and `pixels`."""
     outputs = dict(zip(OUTPUTS[type(model)], map(np.asarray, outputs), strict=True))
-    for row, expected in enumerate(predict(model, list(images))):
+    for row, expected in enumerate(predict(model, list(images), zoom=False)):
         if expected.breeds:
             breeds = dict(zip(ABOUT['class_names'], outputs['breed_probabilities'][row]))
             assert breeds == pytest.approx(dict(expected.breeds), abs=share)

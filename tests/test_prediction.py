@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 
 import prediction
 from dataloader_mtl import MTLDataset
-from models import FlipAveraged
+from models import FlipAveraged, Outputs
 from prediction import cutout, load_model, predict
 from support.cli import InputError
 
@@ -137,13 +137,54 @@ def test_prediction_agrees_with_evaluation(model, shared_data):
 def test_likeliest_breeds_and_species(model):
     label = torch.arange(8.0) / 2
     model.class_species = ['cat', 'dog', 'cat', 'cat', 'cat', 'cat', 'dog', None]
-    found = prediction.make_prediction(model, label, None, None, (5, 4))
+    found = prediction.make_prediction(model, prediction.look(Outputs(label, None, None), (5, 4)))
     shares = label.double().softmax(dim=0).tolist()
     expected = [(model.class_names[index], shares[index]) for index in (7, 6, 5, 4, 3)]
     assert found.breeds == expected and (found.breed, found.probability) == expected[0]
     assert found.species == 'dog' and 0.5 < found.species_probability < 1
     model.class_species = [None] * 8
-    assert prediction.make_prediction(model, label, None, None, (5, 4))[3:5] == (None, None)
+    assert prediction.make_prediction(model, prediction.look(Outputs(label, None, None), (5, 4)))[3:5] == (None, None)
+
+
+@pytest.fixture
+def red_finder(model):
+    """A model that takes red for pet, its share for a probability, and the middle of the picture for the box."""
+
+    def forward(x):
+        red = x[:, :1] > x[:, 1:2] + 1
+        share = red.float().mean(dim=(1, 2, 3)).clamp(1e-6, 1 - 1e-6)
+        box = torch.tensor([0.4, 0.4, 0.6, 0.6]).expand(len(x), 4)
+        return Outputs(torch.stack([1 - share, share], dim=1).log(), red * 20.0 - 10, box)
+
+    model.class_names, model.class_species, model.forward = ['none', 'red'], ['cat', 'dog'], forward
+    return model
+
+
+def with_red(left, right):
+    array = np.zeros((300, 400, 3), np.uint8)
+    array[120:180, left:right, 0] = 255
+    return array
+
+
+def test_small_pet_is_looked_at_again_from_closer(red_finder):
+    array = with_red(100, 200)  # the part around it: 50 to 250 and 90 to 210
+    once, found = predict(red_finder, array, zoom=False), predict(red_finder, array)
+    shares = [dict(each.breeds)['red'] for each in (once, found)]
+    assert shares == pytest.approx([1 / 20, (1 / 20 + 1 / 4) / 2], abs=0.02)  # the mean of both looks
+    assert once.bbox == pytest.approx((160, 120, 240, 180), abs=0.01)
+    assert found.bbox == pytest.approx((130, 138, 170, 162), abs=6)  # that of the second look
+    truth = array[..., 0] > 0
+    assert (found.mask != truth).mean() < (once.mask != truth).mean() < 0.02
+    assert np.array_equal(found.mask_probability[:80], once.mask_probability[:80])  # outside of the part
+
+
+def test_pet_that_is_not_small_is_looked_at_once(red_finder):
+    looks, forward = [], red_finder.forward
+    red_finder.forward = lambda x: looks.append(len(x)) or forward(x)
+    for (left, right), count in {(0, 100): 2, (100, 390): 2, (20, 380): 1, (100, 100): 1}.items():
+        looks.clear()
+        predict(red_finder, with_red(left, right))
+        assert len(looks) == count, (left, right)
 
 
 def test_cutout_keeps_the_pixels_and_is_as_opaque_as_the_mask_is_sure(model):

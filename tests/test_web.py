@@ -168,7 +168,7 @@ def chelsea():
 
 def save_photographs(folder):
     """Photographs of different kinds."""
-    paths = [folder / name for name in ('chelsea.jpg', 'turned.jpg', 'clear.png', 'tall.png')]
+    paths = [folder / name for name in ('chelsea.jpg', 'turned.jpg', 'clear.png', 'tall.png', 'small.jpg')]
     chelsea().save(paths[0], quality=95)
     exif = Image.Exif()
     exif[ORIENTATION] = 6
@@ -180,6 +180,9 @@ def save_photographs(folder):
     clear.putalpha(alpha)
     clear.save(paths[2], compress_level=1)
     chelsea().crop((100, 0, 330, 300)).resize((60, 200)).save(paths[3])  # smaller than the model's size
+    small = Image.new('RGB', (1200, 900), (120, 140, 110))
+    small.paste(chelsea(), (600, 500))
+    small.save(paths[4], quality=95)
     return paths
 
 
@@ -193,7 +196,7 @@ def test_page_finds_what_predict_finds(site, browser, full_networks, tmp_path):
     assert browser.status() == 'Ready.'
     browser.choose(*paths[:2])
     browser.give('drop', paths[2])
-    browser.give('paste', paths[3])
+    browser.give('paste', *paths[3:])
     answers = browser.answers(len(paths))[::-1]
     assert [answer['name'] for answer in answers] == [path.name for path in paths]
     for answer, path in zip(answers, paths):
