@@ -40,7 +40,7 @@ from dataloader_mtl import (
 )
 from evaluation import calibrate, evaluate, most_confused, run_test, to_device
 from models import NETWORKS, load_model, model_content
-from optimizers import make_average, make_optimizer, make_schedule
+from optimizers import make_optimizer, make_schedule
 from support import report
 from support.checkpoint import TRAINING_FORMAT, find_checkpoint, is_finite, load_checkpoint, save_checkpoint, save_last
 from support.cli import InputError, Stopped, StopRequest, positive_number, reason, whole_number
@@ -81,7 +81,6 @@ class Config:
     muon: bool = True  # whether Muon trains the convolutions, or AdamW
     weight_decay: float = 0.05
     encoder_lr_share: float = 1
-    average: float = 0.05  # share of the run that the moving average of the weights covers
     bfloat16: bool = True  # where the device is fast in it
     # Of the study.
     steps: int | None = None  # of an epoch, see `draw_epoch`
@@ -232,12 +231,12 @@ def not_finite(title, step, batches, total, losses):
 
 
 def validate(run, before_batch):
-    """The metrics of the averaged weights on the validation split, as `evaluate` returns them."""
+    """The metrics on the validation split, as `evaluate` returns them."""
     if dist.is_initialized():  # BatchNorm's statistics differ between ranks; rank 0's are saved
-        for buffer in run.average.module.buffers():
+        for buffer in run.model.buffers():
             dist.broadcast(buffer, 0)
     options = {'workers': run.config.workers, 'bfloat16': run.bfloat16, 'before_batch': before_batch}
-    return evaluate(run.average.module, run.splits['val'], run.device, **options)
+    return evaluate(run.model, run.splits['val'], run.device, **options)
 
 
 # ---- a run
@@ -299,7 +298,7 @@ def labelled_part(network, splits):
 class Run:
     """The state of a run: `state` is the content of last.pt, `restore` reads it back."""
 
-    STATEFUL = ('model', 'weighting', 'optimizer', 'schedule', 'average')
+    STATEFUL = ('model', 'weighting', 'optimizer', 'schedule')
 
     def __init__(self, network, weighting, config, read_weights=True):
         self.config, self.device = config, choose_device(config.device)
@@ -321,7 +320,6 @@ class Run:
         encoder_lr = config.encoder_lr or config.encoder_lr_share * config.lr
         self.optimizer = make_optimizer(self.model, weighting, config.lr, encoder_lr, config.weight_decay, config.muon)
         self.schedule = make_schedule(self.optimizer, total_steps)
-        self.average = make_average(self.model, total_steps, config.average)
         self.history, self.best, self.best_model = [], None, None  # a row for each epoch; the best of them
         self.settings = self.find_settings()
         self.start_epoch()
@@ -377,7 +375,6 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             self.optimizer.step()
         self.schedule.step()
-        self.average.update_parameters(self.model)
 
     def end_epoch(self, losses, train_seconds, metrics):
         """Add the epoch's row to the history and return it; keep its model if it is the best so far."""
@@ -395,7 +392,7 @@ class Run:
         self.start_epoch()
         if is_better(row, self.best):
             self.best = row
-            self.best_model = model_content(self.average.module, *self.model_info)
+            self.best_model = model_content(self.model, *self.model_info)
         return row
 
     def state(self):
@@ -421,7 +418,7 @@ class Run:
             compare_settings(path, content['config'], self.settings)
             for name in self.STATEFUL:
                 getattr(self, name).load_state_dict(content[name])
-            if not all(is_finite(content[name]) for name in ('model', 'weighting', 'average')):
+            if not all(is_finite(content[name]) for name in ('model', 'weighting')):
                 raise ValueError('some of its weights are not finite')
             self.history, self.best, self.best_model = (content[key] for key in ('history', 'best', 'best_model'))
             # Rank 0 continues with the sums over all ranks.
@@ -469,7 +466,7 @@ class Checkpoints:
     def save(self):
         """Write last.pt and, after an epoch, what is made from it. Raises Diverged for weights not finite."""
         run = self.run
-        if not is_finite(run.model.state_dict()) or not is_finite(run.average.state_dict()):
+        if not is_finite(run.model.state_dict()):
             raise Diverged(
                 f'epoch {run.epoch}, step {run.steps}: the weights are no longer finite; earlier checkpoints are kept; '
                 'try a lower --lr with another --out'

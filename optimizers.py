@@ -1,7 +1,6 @@
-"""How the weights change: Muon or AdamW, the learning rate of each step, and the moving average that is evaluated."""
+"""How the weights change: Muon or AdamW, and the learning rate of each step."""
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 MOMENTUM = 0.95  # of Muon
 # Of the polynomial a x + b x^3 + c x^5 on the singular values, and how often it is applied (Jordan et al. 2024, who
@@ -96,17 +95,3 @@ def make_schedule(optimizer, total_steps):
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_steps=steps, pct_start=0.2, anneal_strategy='linear'
     )
-
-
-def make_average(model, total_steps, share):
-    """The exponential moving average of the weights, which is what is evaluated.
-
-    Its window is `share` of the run, at most 1,000 steps. At first it is shorter, a ninth of the steps done so far, so
-    that the random initial weights fade soon.
-    """
-    decay = max(0, min(0.999, 1 - 1 / (share * total_steps)))
-
-    def update(averaged, current, count):
-        get_ema_multi_avg_fn(min(decay, float((1 + count) / (10 + count))))(averaged, current, count)
-
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

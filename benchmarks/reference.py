@@ -10,7 +10,6 @@ did not switch off: they cost no time, and the comparison is of masks.
 """
 
 import importlib
-from types import SimpleNamespace
 
 import common  # noqa: F401  the scripts on the path
 import torch
@@ -101,14 +100,13 @@ class OriginalObjective(engine.Objective):
 
 
 class OriginalRun(engine.Run):
-    """An engine.Run that trains a ReferenceNet as the original did; `average` is the model itself."""
+    """An engine.Run that trains a ReferenceNet as the original did."""
 
     def __init__(self, network, weighting, config):
         super().__init__(network, weighting, config)
         self.objective = OriginalObjective(self.model, self.weighting, self.bfloat16)
         self.optimizer = torch.optim.Adam(self.model.parameters(), LEARNING_RATE)
         self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1)
-        self.average = SimpleNamespace(module=self.model, update_parameters=lambda model: None)
 
     def draw(self, epoch):
         """The batches of an epoch, without the augmentation that train_one_epoch has just chosen."""

@@ -4,7 +4,7 @@
     python benchmarks/time_to_dice.py --data datasets/data_new --minutes 30 --only masks smp-resnet18
 
 Trains the original's network with the original's training and with ours (loss, augmentation, image sizes,
-optimiser, schedule, moving average), smp's Unet with our training, and ours, only masks and all tasks, from scratch
+optimiser, schedule), smp's Unet with our training, and ours, only masks and all tasks, from scratch
 and with an ImageNet encoder. All have the same images, layout and threads, and bfloat16 where the CPU has it.
 
 A run is one full cycle of the learning rate, of as many steps as fit into --minutes, as timed in short runs. Dice is
@@ -80,7 +80,7 @@ def train_curve(contender, config, seconds):
     run, spent, points = make_run(contender, config), 0, []
     for epoch in range(1, config.epochs + 1):
         spent += train_epoch(run)
-        metrics = evaluate(run.average.module, run.splits['val'], run.device, bfloat16=run.bfloat16)
+        metrics = evaluate(run.model, run.splits['val'], run.device, bfloat16=run.bfloat16)
         points.append((spent / 60, epoch * config.steps * config.batch_size, metrics['dice']))
     return points
 

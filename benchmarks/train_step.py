@@ -2,11 +2,10 @@
 
     python benchmarks/train_step.py --data datasets/data_new
 
-Every line is one step of training on a batch in memory (loader.py measures loading): forward, backward, optimiser
-and, for ours, the moving average. All take the same --batch-size images with a mask, at the stored size; only the
-last line of the waterfall has the image sizes of the recipe, averaged over its epochs. Beside it: other networks,
-among them smp's Unet, which has only the mask, in the same precision and layout (pip install -r
-benchmarks/requirements.txt).
+Every line is one step of training on a batch in memory (loader.py measures loading): forward, backward and optimiser.
+All take the same --batch-size images with a mask, at the stored size; only the last line of the waterfall has the image
+sizes of the recipe, averaged over its epochs. Beside it: other networks, among them smp's Unet, which has only the
+mask, in the same precision and layout (pip install -r benchmarks/requirements.txt).
 
 The lines take turns in every round, each for --seconds or one step; printed are the median over the rounds and the
 lowest and highest. The setting of the C library's allocator cannot be undone in a process, so the lines before it

@@ -102,7 +102,6 @@ def without_full_size(sizes):
 VARIANTS = {
     WHOLE: Variant(),
     'AdamW for all': Variant({'muon': False}, bases=('scratch',)),
-    'no moving average': Variant({'average': 1e-9}),
     'one image size': Variant({'sizes': ((1, 3 / 4),)}),
     'no colour jitter': Variant({'jitter': 0}),
     'no small pets': Variant({'zoom_out': 0}),
@@ -148,10 +147,10 @@ def train_variant(name, base, config, results):
     run = make_run(start_variant(name, base), config)
     for _ in range(config.epochs):
         train_epoch(run)
-    metrics, model = {}, run.average.module
+    metrics = {}
     for prefix, options in {'': {}, 'hard_': COPIES['small, in poor light']}.items():
         seed_everything(0)
-        found = evaluate(model, MTLDataset('val', root=config.data, **options), run.device, bfloat16=run.bfloat16)
+        found = evaluate(run.model, MTLDataset('val', root=config.data, **options), run.device, bfloat16=run.bfloat16)
         metrics |= {f'{prefix}{name}': value for name, value in found.items()}
     row = {'variant': name, 'seed': config.seed, 'steps': config.steps}
     results.put(row | {metric: metrics[metric] for metric in METRICS})

@@ -158,7 +158,7 @@ def test_two_processes_train_one_model_and_report_its_metrics(shared_data, tmp_p
             assert value == pytest.approx(expected[metric][key], rel=1e-5), (metric, key)
     # A model file holds rounded weights; last.pt has those that were validated.
     last, model = load_checkpoint(out / 'last.pt', TRAINING_FORMAT), MTLNet(n_classes=8)
-    model.load_state_dict(entries(last['average'], 'module.'))
+    model.load_state_dict(last['model'])
     expected = engine.evaluate(model, splits['val'], CPU, bfloat16=has_fast_bfloat16(CPU))
     assert entries(last['history'][-1], 'val_') == pytest.approx(expected, rel=1e-5)
 

@@ -174,7 +174,7 @@ def change_last(path, change):
 
 
 def fill_with_nan(last):
-    weights = (tensor for tensor in last['average'].values() if tensor.is_floating_point())
+    weights = (tensor for tensor in last['model'].values() if tensor.is_floating_point())
     next(weights).fill_(math.nan)
 
 

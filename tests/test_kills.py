@@ -91,9 +91,9 @@ class Train(Script):
         self.progress = 0, 0
 
     def result(self):
-        """Weights, optimiser and moving average at the end, and the weights of the model file."""
+        """Weights and optimiser at the end, and the weights of the model file."""
         content = load_checkpoint(self.work / 'last.pt', TRAINING_FORMAT)
-        parts = {name: content[name] for name in ('model', 'optimizer', 'average')}
+        parts = {name: content[name] for name in ('model', 'optimizer')}
         return parts | {'file': dict(load_model(self.work / 'model.pt').state_dict())}
 
     def check(self, end):

@@ -1,11 +1,11 @@
-"""Muon, AdamW, the learning rate and the moving average."""
+"""Muon, AdamW and the learning rate."""
 
 import pytest
 import torch
 from torch import nn
 
 from models import MTLNet, UNet
-from optimizers import MuonAdamW, is_hidden_convolution, make_average, make_optimizer, make_schedule
+from optimizers import MuonAdamW, is_hidden_convolution, make_optimizer, make_schedule
 from utils import UncertaintyLoss, WeightedLoss
 
 
@@ -83,14 +83,3 @@ def test_any_number_of_steps_has_a_schedule(steps):
         schedule.step()
     first, *_, last = schedule.get_last_lr()
     assert 0 < last <= 0.001 and first == pytest.approx(3 * last)  # the encoder's comes last
-
-
-def test_moving_average_soon_forgets_the_start_and_then_is_slow():
-    average, values = make_average(UNet(), 2000, share=0.05).multi_avg_fn, [torch.zeros(1)]
-    for count in range(1, 1001):
-        average(values, [torch.ones(1)], torch.tensor(count))
-        if count == 20:
-            assert values[0] > 0.95
-    before = values[0].item()
-    average(values, [torch.zeros(1)], torch.tensor(1000))
-    assert values[0].item() == pytest.approx(0.99 * before)
