@@ -13,7 +13,7 @@ from pathlib import Path
 
 import engine
 from models import MTLNet
-from support.cli import InputError, run_script
+from support.cli import run_script
 from support.distributed import is_main_process, print_once, process_group
 from utils import METRICS, UncertaintyLoss, WeightedLoss
 
@@ -44,12 +44,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     root, rows = Path(args.out), {}
     names = (args.only,) if args.only else NAMES
-    held = [root / name for name in names if (root / name / 'last.pt').exists()]
-    if held and not args.resume and not args.only:  # a later --resume would mix runs of different options
-        raise InputError(
-            f'{held[0]}: holds a run; --resume tests finished ones again and continues with the rest; '
-            'to start again, remove it or give another --out'
-        )
     config = engine.Config.from_args(args)
     if args.resume:
         config = replace(config, resume='auto')  # some may be finished, others not begun

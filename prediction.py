@@ -10,6 +10,7 @@ cutout('cat.jpg', prediction).save('cutout.png')
 import math
 import os
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ __all__ = ['Prediction', 'UnreadableFile', 'cutout', 'load_model', 'predict']
 
 LIKELIEST = 5  # breeds of a Prediction
 SMALL = 0.75  # of a side of the photograph: a pet that reaches over less of both is looked at again
-KEPT = 1024  # pixels of the shorter side of a photograph for that, or up to twice as many
+KEPT = 1024  # pixels, or up to twice as many, of the shorter side of a photograph that is kept for that
 FILES = str, os.PathLike, bytes, bytearray, memoryview  # paths and contents
 
 
@@ -94,44 +95,67 @@ class Look(NamedTuple):
 
 def iterate(network, model, images, batch_size, zoom):
     """Yield a Prediction for each of `images`; `network` is `model` or its FlipAveraged."""
-    images, (height, width) = iter(images), model.image_size
+    images = iter(images)
+    resize = partial(Image.Image.resize, size=model.image_size[::-1], resample=Image.Resampling.BILINEAR)
     while True:
-        resized, kept = [], []  # of a batch; photographs at their own size would fill the memory
+        resized, sizes, kept = [], [], []  # of a batch; photographs at their own size would fill the memory
         for image in map(to_image, islice(images, batch_size)):
             picture = on_white(image)
-            resized.append(picture.resize((width, height), Image.Resampling.BILINEAR))
-            kept.append((picture.size, picture.reduce(max(1, min(picture.size) // KEPT)) if zoom else None))
+            resized.append(resize(picture))
+            sizes.append(picture.size)
+            kept.append(picture.reduce(max(1, min(picture.size) // KEPT)) if zoom else None)
         if not resized:
             return
-        for outputs, (size, picture) in zip(run_network(network, model, resized), kept):
-            found = look(outputs, size)
-            window = around_small_pet(outputs.mask, size) if zoom and outputs.mask is not None else None
-            if window:
-                left, top, right, bottom = window
-                box = np.divide(window, size * 2) * (picture.size * 2)
-                part = picture.resize((width, height), Image.Resampling.BILINEAR, tuple(box))
-                (outputs,) = run_network(network, model, [part])
-                found = with_closer(found, look(outputs, (right - left, bottom - top)), window)
+        outputs = run_network(network, model, resized)
+        parts = [around_small_pet(each.mask, size) if zoom else None for each, size in zip(outputs, sizes)]
+        resized = [
+            resize(picture, box=tuple(np.array(part) * (picture.size * 2) / (size * 2)))
+            for picture, size, part in zip(kept, sizes, parts)
+            if part
+        ]
+        closer = iter(run_network(network, model, resized) if resized else [])
+        for each, size, part in zip(outputs, sizes, parts):
+            found = look(each, size)
+            if part:
+                left, top, right, bottom = part
+                found = with_closer(found, look(next(closer), (right - left, bottom - top)), part)
             yield make_prediction(model, found)
 
 
 @torch.inference_mode()
 def run_network(network, model, pictures):
-    """PIL images, RGB, of the model's size -> for each, Outputs without their N.
-
-    Raises InputError for outputs that are not finite.
-    """
-    pixels = torch.stack([pil_to_tensor(picture) for picture in pictures])
+    """PIL images, RGB, of the model's size -> for each, Outputs without their N."""
     device = next(model.parameters()).device
-    pixels = pixels.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
-    outputs = network(normalise(pixels))
-    if not all(output.isfinite().all() for output in outputs if output is not None):
-        raise InputError('the outputs of the model are not finite for this photograph; train it again')
+    pixels = torch.stack([pil_to_tensor(picture) for picture in pictures])
+    outputs = network(normalise(pixels.to(device, memory_format=torch.channels_last)))  # twice as fast on a CPU
     return [Outputs(*(None if output is None else output[row] for output in outputs)) for row in range(len(pictures))]
 
 
+def around_small_pet(mask, size):
+    """The part of a picture of `size` around a small pet, twice as wide and high as it, at least 1 / 8 of the picture.
+
+    Left, top, right and bottom, int. The pet is where the mask's logits (1, H, W) are above zero. None if there is no
+    mask or no pet, if it is not small, or if the part is the whole picture.
+    """
+    if mask is None or not (mask > 0).any():
+        return None
+    low, high = masks_to_boxes(mask.cpu() > 0).view(2, 2) / torch.tensor(mask.shape[:0:-1])
+    high += 1 / torch.tensor(mask.shape[:0:-1])  # of its last pixel, the end
+    if (high - low).max() >= SMALL:
+        return None
+    margin = ((high - low) / 2).clamp(min=1 / 16)
+    low, high = ((edge * torch.tensor(size)).tolist() for edge in ((low - margin).clamp(min=0), high + margin))
+    part = *map(int, low), *(min(math.ceil(edge), side) for edge, side in zip(high, size))
+    return None if part == (0, 0, *size) else part
+
+
 def look(outputs, size):
-    """The Look of an image's Outputs, without their N, for its size (width, height)."""
+    """The Look of an image's Outputs, without their N, for its size (width, height).
+
+    Raises InputError for outputs that are not finite.
+    """
+    if not all(output.isfinite().all() for output in outputs if output is not None):
+        raise InputError('the outputs of the model are not finite for this photograph; train it again')
     label, mask, bbox = outputs
     if mask is not None:
         logits = F.interpolate(mask[None], size=size[::-1], mode='bilinear', align_corners=False)[0, 0]
@@ -143,28 +167,11 @@ def look(outputs, size):
     )
 
 
-def around_small_pet(mask, size):
-    """The part of a picture of `size` that has a small pet in its middle and twice its width and height, or 1 / 8.
-
-    Left, top, right and bottom, int. The pet is where the mask's logits (1, H, W) are above zero; None if there is none
-    or if it is not small.
-    """
-    pet = mask.cpu() > 0
-    if not pet.any():
-        return None
-    low, high = masks_to_boxes(pet).view(2, 2) / torch.tensor(pet.shape[:0:-1])
-    if (high - low).max() >= SMALL:
-        return None
-    margin = ((high - low) / 2).clamp(min=1 / 16)
-    low, high = ((edge * torch.tensor(size)).tolist() for edge in ((low - margin).clamp(min=0), high + margin))
-    return *map(int, low), *(min(math.ceil(edge), side) for edge, side in zip(high, size))
-
-
-def with_closer(found, closer, window):
-    """The Look at a photograph and that at a part of it, its `window`, as one; both are changed."""
-    left, top, right, bottom = window
-    part = found.mask[top:bottom, left:right]
-    part += (closer.mask - part) / 2
+def with_closer(found, closer, part):
+    """The Look at a photograph and that at a part of it as one; the mask of the first is changed."""
+    left, top, right, bottom = part
+    mask = found.mask[top:bottom, left:right]
+    mask += (closer.mask - mask) / 2
     return Look(
         breeds=None if found.breeds is None else (found.breeds + closer.breeds) / 2,
         mask=found.mask,

@@ -1,14 +1,14 @@
 """What the benchmarks share: options, data, rounds and tables."""
 
 import argparse
+import io
 import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import h5py
@@ -18,16 +18,18 @@ import torchvision
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support.cli import InputError, whole_number  # noqa: E402
+import data_prepare  # noqa: E402
+import data_rechunk  # noqa: E402
+from support.cli import whole_number  # noqa: E402
 
 
-def make_parser(description, rounds=None, pets=None):
-    """A parser; with --rounds if it has a default, with --data if there is a number of pets to draw instead."""
+def make_parser(description, rounds=None, pets=None, size=256):
+    """A parser; with --rounds if it has a default, with --data if there are `pets` to draw instead, at `size`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds:
         parser.add_argument('--rounds', type=whole_number(1), default=rounds, help='default: %(default)s')
     if pets:
-        data_help = f'prepared and rechunked splits (default: {pets} drawn pets at 256 x 256 in a temporary folder)'
+        data_help = f'prepared and rechunked splits (default: {pets} drawn pets of {size} x {size}, kept nowhere)'
         parser.add_argument('--data', metavar='DIR', help=data_help)
     return parser
 
@@ -44,17 +46,10 @@ def prepared(data, pets, size=256):
         yield data
         return
     with tempfile.TemporaryDirectory() as folder:
-        run_quietly('data_prepare.py', '--source', 'synthetic', '--limit', pets, '--size', size, '--out', folder)
-        run_quietly('data_rechunk.py', '--data', folder)
+        with redirect_stdout(io.StringIO()):
+            data_prepare.main(['--source', 'synthetic', '--limit', str(pets), '--size', str(size), '--out', folder])
+            data_rechunk.main(['--data', folder])
         yield folder
-
-
-def run_quietly(script, *options):
-    """Run a script to its end without its output; raises InputError if it fails."""
-    command = [sys.executable, str(ROOT / script), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f'{script} ended with {done.returncode}: {done.stderr.strip()[-500:]}')
 
 
 def machine():

@@ -49,7 +49,7 @@ COLUMNS = ('Dice', 'breeds', 'species', 'box IoU')
 
 
 def robustness(model, data, split):
-    """{(copy, zoom): {column: ndarray of the values of its images}}."""
+    """{(copy, zoom): {column: list of the values of its images}}."""
     found = {}
     for name, options in COPIES.items():
         dataset = MTLDataset(split, root=data, **options)
@@ -69,26 +69,29 @@ def look_at_all(model, dataset, zoom):
         batch = dataset[positions.tolist()]
         pictures = ((batch.image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         found = predict(model, list(pictures), zoom=zoom)
-        probabilities = torch.stack([torch.from_numpy(each.mask_probability) for each in found])[:, None]
-        boxes = torch.tensor([each.bbox for each in found]) / torch.tensor(batch.mask.shape[:1:-1] * 2)
-        values['Dice'] += dice_score(probabilities - 0.5, batch.mask, 'none').tolist()
-        values['box IoU'] += iou_metric(boxes, batch.bbox, 'none').tolist()
+        if 'mask' in model.tasks:
+            probabilities = torch.stack([torch.from_numpy(each.mask_probability) for each in found])[:, None]
+            values['Dice'] += dice_score(probabilities - 0.5, batch.mask, 'none').tolist()
+        if 'box' in model.tasks:
+            boxes = torch.tensor([each.bbox for each in found]) / torch.tensor(batch.mask.shape[:1:-1] * 2)
+            values['box IoU'] += iou_metric(boxes, batch.bbox, 'none').tolist()
         for each, label in zip(found, batch.label.tolist()):
-            if label >= 0:
+            if each.breed and label >= 0:
                 values['breeds'].append(each.breed == split.class_names[label])
-            if label >= 0 and split.class_species[label]:
+            if each.species and label >= 0 and split.class_species[label]:
                 values['species'].append(each.species == split.class_species[label])
     return values
 
 
 def main(argv=None):
-    parser = common.make_parser(__doc__, pets=300)
+    parser = common.make_parser(__doc__, pets=300, size=512)
     parser.add_argument('--model', default=MODEL, metavar='FILE', help='default: %(default)s')
     parser.add_argument('--split', choices=('val', 'test'), default='val', help='default: %(default)s')
     args = parser.parse_args(argv)
     common.print_heading(parser, argv)
-    with common.prepared(args.data, 300) as data:
-        found, rows = robustness(load_model(args.model), data, args.split), []
+    model = load_model(args.model)
+    with common.prepared(args.data, 300, size=512) as data:
+        found, rows = robustness(model, data, args.split), []
         for (name, zoom), columns in found.items():
             cells = []
             for column in COLUMNS:
@@ -96,8 +99,9 @@ def main(argv=None):
                 cells.append(f'{np.mean(columns[column]):.3f} ({low:.3f}-{high:.3f})' if column in columns else '')
             rows.append([f'{name}, zoom' if zoom else name, *cells])
     common.print_table(['', *COLUMNS], rows)
-    once, twice = (np.mean(found['small', zoom]['Dice']) for zoom in (False, True))
-    print(f'ratio {twice / once:.3g}')
+    if 'mask' in model.tasks:
+        once, twice = (np.mean(found['small', zoom]['Dice']) for zoom in (False, True))
+        print(f'ratio {twice / once:.3g}')
 
 
 if __name__ == '__main__':

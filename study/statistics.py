@@ -64,11 +64,3 @@ def detectable_difference(spread, folds, comparisons):
     `spread`: the standard deviation of a fold's difference.
     """
     return float(TTestPower().solve_power(nobs=folds, alpha=0.05 / comparisons, power=0.8) * spread)
-
-
-def relative_gain(metrics, single):
-    """(M - B) / B of multi-task and single-task metrics, tables of folds x metrics of which more is better.
-
-    Its mean over the metrics is the multi-task performance of Maninis, Radosavovic and Kokkinos (CVPR 2019, eq. 4).
-    """
-    return (metrics - single) / single

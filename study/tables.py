@@ -6,7 +6,7 @@ import pandas as pd
 from study.arms import ARMS, CONFIRMATORY, METRIC, SINGLE, TITLES
 from study.plots import draw_effects, draw_gains, draw_masks
 from study.results import chosen_runs, read_runs, read_scores
-from study.statistics import compare, detectable_difference, holm, relative_gain, t_interval
+from study.statistics import compare, detectable_difference, holm, t_interval
 from support.cli import InputError
 from support.files import write_file
 
@@ -71,16 +71,17 @@ def of_losses(differences):
 
 
 def find_gains(chosen):
-    """{arm: its `relative_gain` over the single-task networks, a table of folds x metrics}.
+    """{arm: (M - B) / B of its metrics M and those B of the single-task networks, a table of folds x metrics}.
 
-    Of arms of several tasks that differ from those in nothing else.
+    Of arms of several tasks that differ from those in nothing else. The mean over the metrics is the multi-task
+    performance of Maninis, Radosavovic and Kokkinos (CVPR 2019, eq. 4).
     """
     tested, found = {metric: by_arm(chosen, f'test_{metric}') for metric in SINGLE}, {}
     for name, arm in ARMS.items():
         metrics = [METRIC[task] for task in arm.network.tasks]
         ours = pd.DataFrame({metric: tested[metric][name] for metric in metrics})
         single = pd.DataFrame({metric: tested[metric][SINGLE[metric]] for metric in metrics})
-        gain = relative_gain(ours, single).dropna()
+        gain = ((ours - single) / single).dropna()
         if len(gain) and len(metrics) > 1 and arm.differs_only_in_losses:
             found[name] = gain
     return found

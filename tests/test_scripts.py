@@ -13,7 +13,6 @@ import engine
 import oeq_weighting
 import train_ablation
 import train_baseline
-from support.cli import InputError
 from utils import METRICS
 
 SOURCES = {
@@ -139,16 +138,6 @@ def test_weightings_are_ranked_by_validation_dice_whatever_the_test_says(capsys)
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line[:14].strip() for line in lines] == ['first', 'second', 'without masks']
     assert lines[0].split()[1:] == ['0.9000', '0.1000', 'nan', '0.2000', 'nan']
-
-
-def test_folder_of_weightings_is_not_trained_over(shared_data, tmp_path):
-    """Stopped and resumed, it would hold runs of other options."""
-    (tmp_path / 'uncertainty').mkdir()
-    for name in 'last.pt', 'metrics.json':  # of a finished run, which engine.train would start again
-        (tmp_path / 'uncertainty' / name).touch()
-    with pytest.raises(InputError, match='uncertainty: holds a run; --resume'):
-        oeq_weighting.main(training_options(shared_data, tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ['uncertainty']
 
 
 def test_all_scripts_run_in_order_with_default_paths(tmp_path, monkeypatch, run_as_script):
