@@ -27,6 +27,7 @@ import pandas as pd
 import torch
 from robustness import COPIES
 from scipy import stats
+from statsmodels.formula.api import ols
 from time_to_dice import steps_that_fit, train_epoch
 from train_step import IMAGENET, Line, make_run
 
@@ -185,36 +186,25 @@ def read_rows(path):
 
 def table_rows(rows):
     """The rows of the table: differences to WHOLE over the seeds that both have."""
-    values = pd.DataFrame(rows).set_index(['variant', 'seed'])
-    whole, steps = values.loc[WHOLE, list(METRICS)], values['steps'].groupby('variant').mean()
-    variance, freedom = residual_variance(values)
-    table = []
-    for name in (name for name in VARIANTS if name in values.index):
+    runs, table = pd.DataFrame(rows), []
+    values = runs.set_index(['variant', 'seed'])
+    whole, steps = values.loc[WHOLE, list(METRICS)], runs.groupby('variant')['steps'].mean()
+    # Two or three seeds say little about the spread of one variant; all variants together say more.
+    fits = {metric: ols(f'{metric} ~ C(variant) + C(seed)', runs).fit() for metric in METRICS}
+    for name in (name for name in VARIANTS if name in steps):
         each = values.loc[name, list(METRICS)]
         cells = [f'{each[metric].mean():.3f}' for metric in METRICS]
         if name != WHOLE:
             each = (each - whole).dropna()
-            half = {
-                metric: stats.t.ppf(0.975, freedom) * (2 * variance[metric] / len(each)) ** 0.5 for metric in METRICS
-            }
-            cells = [f'{each[metric].mean():+.3f} ± {half[metric]:.3f}' for metric in METRICS]
+            halves = [interval(fits[metric]) * (2 / len(each)) ** 0.5 for metric in METRICS]
+            cells = [f'{difference:+.3f} ± {half:.3f}' for difference, half in zip(each.mean(), halves)]
         table.append([name, str(len(each)), f'{steps[name] / steps[WHOLE]:.2f}', *cells])
     return table
 
 
-def residual_variance(values):
-    """({metric: what is left of its variance after means of variants and seeds}, degrees of freedom), of runs.
-
-    Two or three seeds say little about the spread of one variant; all variants together say more. Of the seeds that all
-    variants have; NaN for fewer than two.
-    """
-    variance = {}
-    for metric in METRICS:
-        runs = values[metric].unstack('seed').dropna(axis=1)  # variants x seeds
-        freedom = (len(runs) - 1) * (runs.shape[1] - 1)
-        left = runs.sub(runs.mean(axis=1), axis=0) - runs.mean() + runs.mean().mean()
-        variance[metric] = (left**2).sum().sum() / (freedom or math.nan)
-    return variance, freedom
+def interval(fit):
+    """Half of the 95 % interval of a value, from what a fit of variants and seeds leaves of the variance; or NaN."""
+    return stats.t.ppf(0.975, fit.df_resid) * fit.mse_resid**0.5 if fit.df_resid > 0 else math.nan
 
 
 def main(argv=None):
