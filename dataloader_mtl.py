@@ -32,6 +32,7 @@ MEAN = (0.4773, 0.4458, 0.3949)
 STD = (0.2280, 0.2255, 0.2280)
 
 VISIBLE_BOX = 0.75  # of a box's area: augmentation drops boxes of which a crop leaves less
+SEVERAL = 0
 LOADING, TRAINING = 0, 1  # what a batch's two random seeds are for
 
 
@@ -113,7 +114,7 @@ def all_known(masks):
     return (masks != MASK_UNKNOWN).flatten(1).all(dim=1).cpu()
 
 
-def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
+def zoom_out(images, boxes, labels, masks, share, several=0, scale=(0.3, 0.8)):
     """Move the pets of a random share of the images, smaller, to the backgrounds of other images of the batch.
 
     Crops only make a pet larger, and photographs of pets show them large and in the middle. A pet is cut out by its
@@ -131,9 +132,12 @@ def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
     height, width = images.shape[-2:]
     known = all_known(masks)
     chosen = known & known.roll(-1) & (torch.rand(len(images)) < share)
-    new_images, new_boxes, new_masks = images.clone(), boxes.clone(), masks.clone()
+    new_images, new_boxes, new_labels, new_masks = images.clone(), boxes.clone(), labels.clone(), masks.clone()
     rows = torch.nonzero(chosen).flatten()
-    for row, canvas in zip(rows.tolist(), without_pets(images, masks, (rows + 1) % len(images))):
+    below, kept = (rows + 1) % len(images), torch.rand(len(rows)) < several
+    canvases = without_pets(images, masks, below)
+    canvases[kept] = images[below[kept]]
+    for row, canvas, other in zip(rows.tolist(), canvases, torch.where(kept, below, -1).tolist()):
         shrink, x, y = torch.rand(3).tolist()
         shrink = scale[0] + (scale[1] - scale[0]) * shrink
         small = round(height * shrink), round(width * shrink)
@@ -143,11 +147,14 @@ def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
         window = (slice(None), slice(top, top + small[0]), slice(left, left + small[1]))
         canvas[window] = torch.lerp(canvas[window], torch.stack(pet), alpha)
         new_images[row] = canvas
-        new_masks[row] = 0
-        new_masks[row][window] = (alpha > 0.5).to(masks.dtype)
+        new_masks[row] = masks[other] if other >= 0 else 0
+        new_masks[row][window] |= (alpha > 0.5).to(masks.dtype)
+        if other >= 0:
+            new_labels[row], new_boxes[row] = -1, torch.nan
+            continue
         moved = boxes[row].view(2, 2) * torch.tensor([small[1] / width, small[0] / height])
         new_boxes[row] = (moved + torch.tensor([left / width, top / height])).flatten()
-    return new_images, new_boxes, new_masks
+    return new_images, new_boxes, new_labels, new_masks
 
 
 def remove_pets(images, boxes, labels, masks, share):
@@ -283,7 +290,7 @@ class MTLDataset(Dataset):
         boxes, labels = self._relative(boxes, *images.shape[-2:]), torch.from_numpy(self.split.labels[index])
         if self.jitter or self.zoom_out or self.remove_pets or self.poor_light:
             images = colour_jitter(images, self.jitter)
-            images, boxes, masks = zoom_out(images, boxes, masks, self.zoom_out)
+            images, boxes, labels, masks = zoom_out(images, boxes, labels, masks, self.zoom_out, SEVERAL)
             images, boxes, labels, masks = remove_pets(images, boxes, labels, masks, self.remove_pets)
             images = poor_light(images, self.poor_light)
         return Sample(normalise(images), boxes, labels, masks)

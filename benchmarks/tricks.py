@@ -25,11 +25,12 @@ from typing import NamedTuple
 import common
 import pandas as pd
 import torch
-from robustness import COPIES
+from robustness import COPIES, four_in_one
 from scipy import stats
 from time_to_dice import steps_that_fit, train_epoch
 from train_step import IMAGENET, Line, make_run
 
+import dataloader_mtl
 import engine
 import models
 import train_mtl
@@ -43,7 +44,7 @@ from support.device import keep_freed_memory, seed_everything
 from support.report import write_csv
 
 BASES = {'scratch': {}, 'imagenet': IMAGENET}
-METRICS = ('dice', 'accuracy', 'box_iou', 'hard_dice', 'hard_accuracy')
+METRICS = ('dice', 'accuracy', 'box_iou', 'hard_dice', 'hard_accuracy', 'several_dice')
 COLUMNS = ('variant', 'seed', 'steps', *METRICS)
 EPOCHS = 20  # of which the image sizes are shares
 WHOLE = 'the whole recipe'
@@ -94,6 +95,25 @@ def wider_decoder():
     models.TIMM_WIDTHS = tuple(2 * width for width in models.TIMM_WIDTHS)
 
 
+def several_pets():
+    dataloader_mtl.SEVERAL = 0.5
+
+
+class TwoLevels(models.ClassHead):
+    def __init__(self, channels, n_classes, width=512):
+        super().__init__(channels, n_classes, width)
+        self.finer = models.conv_bn_relu(channels[-2], width, kernel=1)
+        self.logits = torch.nn.Linear(2 * width, n_classes)
+
+    def forward(self, features):
+        pooled = [self.features(features[-1]).mean(dim=(2, 3)), self.finer(features[-2]).mean(dim=(2, 3))]
+        return self.logits(self.dropout(torch.cat(pooled, 1)))
+
+
+def two_levels():
+    models.ClassHead = TwoLevels
+
+
 def without_full_size(sizes):
     """`Config.sizes` whose last but one size lasts to the end."""
     return *sizes[:-2], (1, sizes[-2][1])
@@ -121,6 +141,8 @@ VARIANTS = {
     'no full size at the end': Variant({'sizes': without_full_size(Config.sizes)}, bases=('scratch',)),
     'no full size at the end, ImageNet': Variant({'sizes': without_full_size(IMAGENET['sizes'])}, bases=('imagenet',)),
     'milder crops': Variant({'crop': (0.4, 1.0)}),
+    'several pets': Variant(change=several_pets),
+    'class head on two levels': Variant(change=two_levels),
     'wider decoder': Variant(change=wider_decoder, bases=('imagenet',)),
     'EfficientNet-Lite1': Variant({'encoder': 'tf_efficientnet_lite1'}, bases=('imagenet',)),
     'EfficientNet-Lite2': Variant({'encoder': 'tf_efficientnet_lite2'}, bases=('imagenet',)),
@@ -149,7 +171,7 @@ def train_variant(name, base, config, results):
     for _ in range(config.epochs):
         train_epoch(run)
     metrics, model = {}, run.average.module
-    for prefix, options in {'': {}, 'hard_': COPIES['small, in poor light']}.items():
+    for prefix, options in {'': {}, 'hard_': COPIES['small, in poor light'], 'several_': {'transform': four_in_one}}.items():
         seed_everything(0)
         found = evaluate(model, MTLDataset('val', root=config.data, **options), run.device, bfloat16=run.bfloat16)
         metrics |= {f'{prefix}{name}': value for name, value in found.items()}
