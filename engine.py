@@ -107,7 +107,7 @@ class Config:
 
 
 # What differs in the recipe for an encoder that has learned from other images.
-PRETRAINED = {'lr': 3e-3, 'sizes': ((0.4, 1 / 2), (0.8, 3 / 4), (1, 1)), 'muon': False, 'encoder_lr_share': 0.2}
+PRETRAINED = {'lr': 3e-3, 'sizes': ((0.8, 3 / 4), (1, 1)), 'muon': False, 'encoder_lr_share': 0.2}
 
 UNSAVED = ('data', 'out', 'resume', 'workers', 'checkpoint_minutes')  # of a Config: nothing trained depends on them
 REPORTED = ('commit', 'threads', 'augmented_on')  # a change is reported on resume; the weights may then differ

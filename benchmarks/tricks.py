@@ -119,7 +119,6 @@ VARIANTS = {
     'float32': Variant({'bfloat16': False}),
     'freed memory not kept': Variant(keep_memory=False),
     'no full size at the end': Variant({'sizes': without_full_size(Config.sizes)}, bases=('scratch',)),
-    'no full size at the end, ImageNet': Variant({'sizes': without_full_size(IMAGENET['sizes'])}, bases=('imagenet',)),
     'milder crops': Variant({'crop': (0.4, 1.0)}),
     'wider decoder': Variant(change=wider_decoder, bases=('imagenet',)),
     'EfficientNet-Lite1': Variant({'encoder': 'tf_efficientnet_lite1'}, bases=('imagenet',)),

@@ -188,7 +188,7 @@ def test_start_and_weights_that_do_not_fit_the_encoder_are_refused(shared_data, 
 @pytest.mark.parametrize(
     'options, weights, muon, sizes',
     [
-        (('--encoder', SMALL), 'imagenet', False, 3),
+        (('--encoder', SMALL), 'imagenet', False, 2),
         (('--start', 'best.pt'), 'none', True, 1),
         (('--encoder', SMALL, '--start', 'best.pt'), 'none', False, 1),
     ],
