@@ -139,8 +139,9 @@ def around_small_pet(mask, size):
     """
     if mask is None or not (mask > 0).any():
         return None
-    low, high = masks_to_boxes(mask.cpu() > 0).view(2, 2) / torch.tensor(mask.shape[:0:-1])
-    high += 1 / torch.tensor(mask.shape[:0:-1])  # of its last pixel, the end
+    corners = masks_to_boxes(mask.cpu() > 0).view(2, 2)  # its first and last pixel
+    corners[1] += 1
+    low, high = corners / torch.tensor(mask.shape[:0:-1])
     if (high - low).max() >= SMALL:
         return None
     margin = ((high - low) / 2).clamp(min=1 / 16)

@@ -50,37 +50,35 @@ COLUMNS = ('Dice', 'breeds', 'species', 'box IoU')
 
 def robustness(model, data, split):
     """{(copy, zoom): {column: list of the values of its images}}."""
-    found = {}
+    found, (mean, std) = {}, (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
     for name, options in COPIES.items():
+        seed_everything(0)
         dataset = MTLDataset(split, root=data, **options)
-        for zoom in False, True:
-            values = look_at_all(model, dataset, zoom)
-            columns = COLUMNS if name != 'four in one' else ['Dice']  # whose breed and box?
+        looks = {zoom: {column: [] for column in COLUMNS} for zoom in (False, True)}
+        for positions in torch.arange(len(dataset)).split(BATCH):
+            batch = dataset[positions.tolist()]
+            pictures = list(((batch.image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8))
+            for zoom, values in looks.items():
+                add_values(values, predict(model, pictures, zoom=zoom), batch, dataset.split)
+        columns = COLUMNS if name != 'four in one' else ['Dice']  # whose breed and box?
+        for zoom, values in looks.items():
             found[name, zoom] = {column: values[column] for column in columns if values[column]}
     return found
 
 
-def look_at_all(model, dataset, zoom):
-    """{column: list of the values of the images of an MTLDataset where the truth is known}."""
-    seed_everything(0)
-    values, split = {column: [] for column in COLUMNS}, dataset.split
-    mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
-    for positions in torch.arange(len(dataset)).split(BATCH):
-        batch = dataset[positions.tolist()]
-        pictures = ((batch.image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        found = predict(model, list(pictures), zoom=zoom)
-        if 'mask' in model.tasks:
-            probabilities = torch.stack([torch.from_numpy(each.mask_probability) for each in found])[:, None]
-            values['Dice'] += dice_score(probabilities - 0.5, batch.mask, 'none').tolist()
-        if 'box' in model.tasks:
-            boxes = torch.tensor([each.bbox for each in found]) / torch.tensor(batch.mask.shape[:1:-1] * 2)
-            values['box IoU'] += iou_metric(boxes, batch.bbox, 'none').tolist()
-        for each, label in zip(found, batch.label.tolist()):
-            if each.breed and label >= 0:
-                values['breeds'].append(each.breed == split.class_names[label])
-            if each.species and label >= 0 and split.class_species[label]:
-                values['species'].append(each.species == split.class_species[label])
-    return values
+def add_values(values, found, batch, split):
+    """Add to `values`, {column: list}, those of the Predictions `found` for the images whose truth is known."""
+    if found[0].mask is not None:
+        probabilities = torch.stack([torch.from_numpy(each.mask_probability) for each in found])[:, None]
+        values['Dice'] += dice_score(probabilities - 0.5, batch.mask, 'none').tolist()
+    if found[0].bbox is not None:
+        boxes = torch.tensor([each.bbox for each in found]) / torch.tensor(batch.mask.shape[:1:-1] * 2)
+        values['box IoU'] += iou_metric(boxes, batch.bbox, 'none').tolist()
+    for each, label in zip(found, batch.label.tolist()):
+        if each.breed and label >= 0:
+            values['breeds'].append(each.breed == split.class_names[label])
+        if each.species and label >= 0 and split.class_species[label]:
+            values['species'].append(each.species == split.class_species[label])
 
 
 def main(argv=None):

@@ -63,8 +63,9 @@ def speeds(args, scratch):
 
     functions = {}
     for size in 1, 16:
-        functions[f'predict, batches of {size}'] = partial(predict, model, images, batch_size=size, zoom=False)
-        functions[f'predict, batches of {size}, flip'] = partial(predict, model, images, True, size, zoom=False)
+        look_once = partial(predict, model, images, batch_size=size, zoom=False)
+        functions[f'predict, batches of {size}'] = look_once
+        functions[f'predict, batches of {size}, flip'] = partial(look_once, flip=True)
         functions[f'ONNX Runtime, batches of {size}'] = partial(run_session, size)
     measures = {name: lambda each=each: len(images) / seconds(each) for name, each in functions.items()}
     common.in_turns(measures, 1)

@@ -4,8 +4,8 @@
     python benchmarks/time_to_dice.py --data datasets/data_new --minutes 30 --only masks smp-resnet18
 
 Trains the original's network with the original's training and with ours (loss, augmentation, image sizes,
-optimiser, schedule), smp's Unet with our training, and ours, only masks and all tasks, from scratch
-and with an ImageNet encoder. All have the same images, layout and threads, and bfloat16 where the CPU has it.
+optimiser, schedule), smp's Unet with our training, and ours, only masks and all tasks, from scratch and with an
+ImageNet encoder. All have the same images, layout and threads, and bfloat16 where the CPU has it.
 
 A run is one full cycle of the learning rate, of as many steps as fit into --minutes, as timed in short runs. Dice is
 that of evaluation.py on the validation split, --points times, at equal numbers of steps, and the clock stops meanwhile.

@@ -95,11 +95,6 @@ def wider_decoder():
     models.TIMM_WIDTHS = tuple(2 * width for width in models.TIMM_WIDTHS)
 
 
-def without_full_size(sizes):
-    """`Config.sizes` whose last but one size lasts to the end."""
-    return *sizes[:-2], (1, sizes[-2][1])
-
-
 VARIANTS = {
     WHOLE: Variant(),
     'AdamW for all': Variant({'muon': False}, bases=('scratch',)),
@@ -118,7 +113,7 @@ VARIANTS = {
     'cosine schedule': Variant(change=cosine_schedule),
     'float32': Variant({'bfloat16': False}),
     'freed memory not kept': Variant(keep_memory=False),
-    'no full size at the end': Variant({'sizes': without_full_size(Config.sizes)}, bases=('scratch',)),
+    'no full size at the end': Variant({'sizes': (*Config.sizes[:-2], (1, 3 / 4))}, bases=('scratch',)),
     'milder crops': Variant({'crop': (0.4, 1.0)}),
     'wider decoder': Variant(change=wider_decoder, bases=('imagenet',)),
     'EfficientNet-Lite1': Variant({'encoder': 'tf_efficientnet_lite1'}, bases=('imagenet',)),
