@@ -143,8 +143,8 @@ def in_float32(conv, forward, x):
         return forward(conv, x.float()).to(x.dtype)
 
 
-class MaskDecoder(nn.Module):
-    """Encoder features -> mask logits (N, c_out, H, W).
+class Decoder(nn.Module):
+    """Features from fine to coarse -> maps (N, c_out, h, w) of the size of the finest.
 
     Each level reduces the coarser features to its own `width`, doubles their size, adds the encoder's features and
     convolves once: a quarter of the cost of concatenation and two convolutions.
@@ -161,14 +161,21 @@ class MaskDecoder(nn.Module):
             below = width
         self.logits = nn.Conv2d(below, c_out, 1)
 
-    def forward(self, features, size):
+    def forward(self, features):
         *skips, x = features
         for narrow, lateral, stage, skip in zip(self.narrow, self.lateral, self.stages, reversed(skips)):
             # Nearest neighbour before a convolution cannot make a checkerboard; a transposed
             # convolution can (Odena et al., Distill 2016).
             x = F.interpolate(narrow(x), size=skip.shape[-2:], mode='nearest')
             x = stage(x + lateral(skip))
-        return F.interpolate(self.logits(x), size=size, mode='bilinear', align_corners=False)
+        return self.logits(x)
+
+
+class MaskDecoder(Decoder):
+    """Encoder features -> mask logits (N, c_out, H, W)."""
+
+    def forward(self, features, size):
+        return F.interpolate(super().forward(features), size=size, mode='bilinear', align_corners=False)
 
 
 class ClassHead(nn.Module):
@@ -193,27 +200,23 @@ class ClassHead(nn.Module):
 class BoxHead(nn.Module):
     """Encoder features -> boxes (N, 4), ordered and in [0, 1] by construction.
 
-    Two maps of logits at /16, one for each of two opposite corners; a corner is the mean position
-    under the softmax of its map (integral regression: Sun et al., ECCV 2018). The position of a cell
-    runs from 0 at the first to 1 at the last, so a corner can lie on the border, and never outside.
+    Four maps of logits at /8, one for each side; a side is the mean position under the softmax of its map (integral
+    regression: Sun et al., ECCV 2018). The position of a cell runs from 0 at the first to 1 at the last, so a side can
+    lie on the border, and never outside.
     """
 
-    def __init__(self, channels, width=128):
+    def __init__(self, channels, width=96):
         super().__init__()
-        self.fine, self.coarse = (nn.Conv2d(c, width, 1) for c in channels[-2:])
-        self.corners = nn.Sequential(conv_bn_relu(width, width), nn.Conv2d(width, 2, 1))
+        self.sides = Decoder(channels[-3:], (width, width), 4)
 
     def forward(self, features):
-        fine, coarse = self.fine(features[-2]), self.coarse(features[-1])
-        x = fine + F.interpolate(coarse, size=fine.shape[-2:], mode='nearest')
-        maps = self.corners(x).float()  # (N, 2, h, w)
+        maps = self.sides(features[-3:]).float()  # (N, 4, h, w)
         weights = maps.flatten(2).softmax(dim=2).view_as(maps)
         # Products and sums, not matrix products, which autocast would round to bfloat16.
-        x = (weights.sum(dim=2) * torch.linspace(0, 1, maps.shape[3], device=maps.device)).sum(dim=2)
-        y = (weights.sum(dim=3) * torch.linspace(0, 1, maps.shape[2], device=maps.device)).sum(dim=2)
-        corners = torch.stack([x, y], dim=2)  # x and y (N, 2 corners) -> (N, 2 corners, 2 coordinates)
+        x = (weights[:, :2].sum(dim=2) * torch.linspace(0, 1, maps.shape[3], device=maps.device)).sum(dim=2)
+        y = (weights[:, 2:].sum(dim=3) * torch.linspace(0, 1, maps.shape[2], device=maps.device)).sum(dim=2)
         # Sums of softmax weights can exceed 1 by a rounding error.
-        return torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1).clamp(0, 1)
+        return torch.stack([x.amin(dim=1), y.amin(dim=1), x.amax(dim=1), y.amax(dim=1)], dim=1).clamp(0, 1)
 
 
 class SharedEncoderNet(nn.Module):
