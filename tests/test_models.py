@@ -44,13 +44,14 @@ def test_boxes_are_ordered_and_inside_for_any_weights():
     assert (boxes >= 0).all() and (boxes <= 1).all() and (boxes[:, :2] <= boxes[:, 2:]).all()
 
 
-def test_box_can_lie_in_any_corner(monkeypatch):
+def test_sides_of_a_box_can_lie_on_the_border_and_come_in_any_order(monkeypatch):
     head, features = BoxHead(models.CHANNELS), models.Encoder(3)(torch.zeros(1, 3, 256, 256))
-    for (y1, x1), (y2, x2) in [((0, 0), (1, 1)), ((15, 15), (14, 14)), ((0, 15), (1, 14))]:
-        maps = torch.full((1, 2, 16, 16), -50.0)
-        maps[0, 0, y1, x1] = maps[0, 1, y2, x2] = 50
-        monkeypatch.setattr(head.corners, 'forward', lambda x, maps=maps: maps)
-        expected = [min(x1, x2) / 15, min(y1, y2) / 15, max(x1, x2) / 15, max(y1, y2) / 15]
+    for columns, rows in [((0, 31), (0, 31)), ((31, 30), (31, 30)), ((0, 31), (30, 0))]:
+        maps = torch.full((1, 4, 32, 32), -50.0)
+        for number in range(2):
+            maps[0, number, 5, columns[number]] = maps[0, 2 + number, rows[number], 5] = 50
+        monkeypatch.setattr(head.sides, 'forward', lambda features, maps=maps: maps)
+        expected = [min(columns) / 31, min(rows) / 31, max(columns) / 31, max(rows) / 31]
         assert head(features)[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 

@@ -67,7 +67,7 @@ def test_muon_takes_the_hidden_convolutions(full_networks):
     model = MTLNet()
     groups = make_optimizer(model, WeightedLoss.equal(model.tasks), 1, 1, 0.05).param_groups
     chosen = {id(p) for group in groups if group['muon'] for p in group['params']}
-    last = 'decoder.logits.weight', 'class_head.logits.weight', 'box_head.corners.1.weight'
+    last = 'decoder.logits.weight', 'class_head.logits.weight', 'box_head.sides.logits.weight'
     assert chosen == {id(p) for name, p in model.named_parameters() if p.ndim > 1 and name not in last}
     depthwise, pointwise = nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 64, 1)
     assert not is_hidden_convolution(depthwise.weight) and is_hidden_convolution(pointwise.weight)
