@@ -65,6 +65,7 @@ class Config:
     encoder_weights: str = 'none'
     encoder_lr: float | None = None  # None: `encoder_lr_share` of `lr`
     start: str | None = None  # a model file
+    freeze: bool = False  # the weights of `start`
     seed: int = 0
     device: str = 'auto'
     workers: int = 0  # loading takes little of a step on a CPU, and a GPU augments its batches itself
@@ -89,10 +90,12 @@ class Config:
 
     @classmethod
     def from_args(cls, args):
-        """The Config of parsed options; raises InputError for weights that the encoder does not take."""
+        """The Config of parsed options; raises InputError for options that do not go together."""
         weights = args.encoder_weights or ('none' if args.encoder == 'unet' or args.start else 'imagenet')
         if args.encoder == 'unet' and weights != 'none':
             raise InputError(f'--encoder-weights {weights}: --encoder unet has none; give a timm encoder, too')
+        if args.freeze and not args.start:
+            raise InputError('--freeze: nothing to freeze without --start')
         given = {each.name: getattr(args, each.name, None) for each in fields(cls)}
         options = {name: value for name, value in given.items() if value is not None}
         config = cls(**{**options, 'encoder_weights': weights})
@@ -129,6 +132,8 @@ def training_parser(description, out):
     add('--encoder-weights', metavar='WEIGHTS', help=weights_help)
     start_help = 'start from a model file of these scripts, such as mtl_model.pt: from each weight that fits'
     add('--start', metavar='FILE', help=start_help)
+    freeze_help = 'train only what the file of --start lacks: heads for other tasks or classes'
+    add('--freeze', action='store_true', help=freeze_help)
     lr_help = 'learning rate of the encoder (default: --lr, a fifth of it for a timm model with weights)'
     add('--encoder-lr', type=positive_number, metavar='LR', help=lr_help)
     add('--seed', type=whole_number(0), default=Config.seed, help='random seed of the run (default: %(default)s)')
@@ -250,20 +255,29 @@ def make_model(network, n_classes, config, read_weights=True):
     weights = config.encoder_weights if read_weights else 'none'
     timm = {} if config.encoder == 'unet' else {'encoder': config.encoder, 'encoder_weights': weights}
     model = network(n_classes=n_classes, **timm)
-    if config.start and read_weights:
-        copy_weights(config.start, model)
-    if config.pretrained:
+    if config.start and (read_weights or config.freeze):
+        copied = copy_weights(config.start, model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (config.freeze and name in copied))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise InputError(f'{config.start}: has all weights, so --freeze leaves nothing to train; leave it out')
+    if config.pretrained and not config.freeze:
         model.encoder.freeze_shallow()
     return model
 
 
 def copy_weights(path, model):
-    """Give a network those weights of a model file that fit: another network's, or without the other classes' layer."""
+    """Give a network those weights of a model file that fit: another network's, or without the other classes' layer.
+
+    Returns their names.
+    """
     source, state = load_model(path), model.state_dict()
     if source.encoder_name != model.encoder_name:
         raise InputError(f'{path}: its encoder is {source.encoder_name}; give --encoder {source.encoder_name}')
     found = {name: each for name, each in source.state_dict().items() if name in state}
-    model.load_state_dict(state | {name: each for name, each in found.items() if each.shape == state[name].shape})
+    found = {name: each for name, each in found.items() if each.shape == state[name].shape}
+    model.load_state_dict(state | found)
+    return found.keys()
 
 
 def selection_metrics(row):

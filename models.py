@@ -108,7 +108,7 @@ class TimmEncoder(nn.Module):
                 module.forward = partial(in_float32, module, type(module).forward)
 
     def freeze_shallow(self):
-        """Freeze the layers that lead to the features at /4, their BatchNorm statistics too.
+        """Freeze the layers that lead to the features at /4.
 
         Edges and colours are alike in all photographs, and these layers take a third of a training step.
         """
@@ -117,14 +117,7 @@ class TimmEncoder(nn.Module):
         gradients = torch.autograd.grad(shallow.sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients):
             parameter.requires_grad_(gradient is None)
-        self.train(self.training)
-
-    def train(self, mode=True):
-        super().train(mode)
-        for module in self.features.modules():
-            if any(not parameter.requires_grad for parameter in module.parameters(recurse=False)):
-                module.eval()
-        return self
+        self.features.train(self.training)
 
     def forward(self, x):
         return self.features(torch.addcmul(self.offset, x, self.scale))
@@ -244,6 +237,14 @@ class SharedEncoderNet(nn.Module):
         self.decoder = MaskDecoder(channels, widths, c_out_seg) if 'mask' in self.tasks else None
         self.class_head = ClassHead(channels, n_classes) if 'class' in self.tasks else None
         self.box_head = BoxHead(channels) if 'box' in self.tasks else None
+
+    def train(self, mode=True):
+        """As nn.Module.train, but frozen layers keep their BatchNorm statistics."""
+        super().train(mode)
+        for module in self.modules():
+            if any(not parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                module.eval()
+        return self
 
     def forward(self, x):
         size = x.shape[-2:]
