@@ -177,6 +177,28 @@ def test_training_starts_from_the_weights_of_a_model_file_that_fit(shared_data, 
         assert all(torch.equal(first[name], last[name]) for name in convolutions)
 
 
+@pytest.mark.parametrize('encoder', ['unet', SMALL])
+def test_freeze_trains_only_what_the_model_file_lacks(shared_data, tmp_path, encoder):
+    start, out, options = tmp_path / 'masks.pt', tmp_path / 'run', ('--encoder', encoder, '--epochs', 1)
+    train(shared_data, tmp_path / 'masks', *options, '--encoder-weights', 'none', network=models.UNet)
+    (tmp_path / 'masks' / 'best.pt').rename(start)
+    train(shared_data, out, *options, '--start', start, '--freeze')
+    first, last = load_model(start).state_dict(), load_model(out / 'best.pt').state_dict()
+    assert same_bits({name: last[name] for name in first}, first)
+    fresh = MTLNet(n_classes=last['class_head.logits.bias'].numel(), encoder=encoder)
+    assert all((fresh.state_dict()[name] != last[name]).any() for name in last if name.endswith('running_mean'))
+    content = load_checkpoint(out / 'last.pt', TRAINING_FORMAT)
+    trained = {name for name, _ in fresh.named_parameters()} - set(first)
+    assert len(content['optimizer']['state']) == len(trained) and trained
+
+
+def test_freeze_needs_something_to_freeze_and_something_to_train(shared_data, finished_run, tmp_path, error_line):
+    options = training_options(shared_data, tmp_path / 'run')
+    assert error_line(train_mtl.main, *options, '--freeze') == 'error: --freeze: nothing to freeze without --start'
+    line = error_line(train_mtl.main, *options, '--start', finished_run / 'best.pt', '--freeze')
+    assert line.endswith('best.pt: has all weights, so --freeze leaves nothing to train; leave it out')
+
+
 def test_start_and_weights_that_do_not_fit_the_encoder_are_refused(shared_data, tmp_path, error_line):
     path, options = write_model(tmp_path / 'model.pt'), training_options(shared_data, tmp_path / 'run')
     line = error_line(train_baseline.main, *options, '--start', path)
