@@ -250,7 +250,7 @@ def validate(run, before_batch):
 def make_model(network, n_classes, config, read_weights=True):
     """A network for a Config; a timm encoder with weights gets its shallow layers frozen.
 
-    Without `read_weights`, it starts at random: a checkpoint follows.
+    Without `read_weights`, it starts at random, as a checkpoint follows; `freeze` reads them to know which they are.
     """
     weights = config.encoder_weights if read_weights else 'none'
     timm = {} if config.encoder == 'unet' else {'encoder': config.encoder, 'encoder_weights': weights}
