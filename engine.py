@@ -255,13 +255,15 @@ def make_model(network, n_classes, config, read_weights=True):
     weights = config.encoder_weights if read_weights else 'none'
     timm = {} if config.encoder == 'unet' else {'encoder': config.encoder, 'encoder_weights': weights}
     model = network(n_classes=n_classes, **timm)
-    if config.start and (read_weights or config.freeze):
-        copied = copy_weights(config.start, model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not (config.freeze and name in copied))
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+    copied = copy_weights(config.start, model) if config.start and (read_weights or config.freeze) else ()
+    if config.freeze:
+        rest = [parameter for name, parameter in model.named_parameters() if name not in copied]
+        if not rest:
             raise InputError(f'{config.start}: has all weights, so --freeze leaves nothing to train; leave it out')
-    if config.pretrained and not config.freeze:
+        model.requires_grad_(False)
+        for parameter in rest:
+            parameter.requires_grad_(True)
+    elif config.pretrained:
         model.encoder.freeze_shallow()
     return model
 

@@ -139,8 +139,8 @@ def in_float32(conv, forward, x):
 class Decoder(nn.Module):
     """Features from fine to coarse -> maps (N, c_out, h, w) of the size of the finest.
 
-    Each level reduces the coarser features to its own `width`, doubles their size, adds the encoder's features and
-    convolves once: a quarter of the cost of concatenation and two convolutions.
+    Each level reduces the coarser features to its own width, doubles their size, adds its features and convolves
+    once: a quarter of the cost of concatenation and two convolutions.
     """
 
     def __init__(self, channels, widths, c_out):
@@ -162,13 +162,6 @@ class Decoder(nn.Module):
             x = F.interpolate(narrow(x), size=skip.shape[-2:], mode='nearest')
             x = stage(x + lateral(skip))
         return self.logits(x)
-
-
-class MaskDecoder(Decoder):
-    """Encoder features -> mask logits (N, c_out, H, W)."""
-
-    def forward(self, features, size):
-        return F.interpolate(super().forward(features), size=size, mode='bilinear', align_corners=False)
 
 
 class ClassHead(nn.Module):
@@ -234,7 +227,7 @@ class SharedEncoderNet(nn.Module):
         self.encoder = Encoder(c_in) if encoder == 'unet' else TimmEncoder(encoder, encoder_weights)
         channels = self.encoder.channels
         widths = channels[:-1] if encoder == 'unet' else TIMM_WIDTHS
-        self.decoder = MaskDecoder(channels, widths, c_out_seg) if 'mask' in self.tasks else None
+        self.decoder = Decoder(channels, widths, c_out_seg) if 'mask' in self.tasks else None
         self.class_head = ClassHead(channels, n_classes) if 'class' in self.tasks else None
         self.box_head = BoxHead(channels) if 'box' in self.tasks else None
 
@@ -253,9 +246,10 @@ class SharedEncoderNet(nn.Module):
                 f'images of {size[0]} x {size[1]}; sides must be multiples of 16 from 64 to {LARGEST_SIDE}'
             )
         features = self.encoder(x)
+        mask = None if self.decoder is None else self.decoder(features)
         return Outputs(
             label=None if self.class_head is None else self.class_head(features),
-            mask=None if self.decoder is None else self.decoder(features, size),
+            mask=None if mask is None else F.interpolate(mask, size=size, mode='bilinear', align_corners=False),
             bbox=None if self.box_head is None else self.box_head(features),
         )
 
