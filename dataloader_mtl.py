@@ -55,25 +55,6 @@ def normalise(images):
     return torch.addcmul(offset, pixels.flatten(-2), scale).view_as(pixels).movedim(-1, -3)
 
 
-def colour_jitter(images, strength):
-    """(N, 3, H, W), uint8 0-255 or float 0-1 -> float 0-1 with random brightness, contrast and saturation.
-
-    Each image has factors of its own, uniform in 1 - strength to 1 + strength. It is v2.ColorJitter without hue, in
-    this fixed order and without clamping. The three are then linear in the pixels: a 3 x 3 matrix and an offset for
-    each image, one pass over the batch where v2.ColorJitter takes seven over each image.
-    """
-    if not images.is_floating_point():
-        images = images.float() / 255
-    factors = torch.empty(3, len(images), 1, 1).uniform_(1 - strength, 1 + strength)
-    # The weights of v2.functional.rgb_to_grayscale.
-    grey, identity = torch.tensor([[0.2989, 0.587, 0.114]]), torch.eye(3)
-    factors, grey, identity = (each.to(images.device) for each in (factors, grey, identity))
-    brightness, contrast, saturation = factors
-    matrix = brightness * contrast * (saturation * identity + (1 - saturation) * grey)
-    offset = brightness * (1 - contrast) * (grey @ images.mean(dim=(2, 3))[..., None])
-    return torch.baddbmm(offset, matrix, images.flatten(2)).view_as(images)
-
-
 def poor_light(images, share):
     """(N, 3, H, W) float 0-1 -> the same, a random share of them dark, blurred and noisy, as at dusk.
 
@@ -178,7 +159,7 @@ class RandomCropFlip:
         ratio: smallest and largest ratio of its width to its height.
     """
 
-    def __init__(self, height, width, scale=(0.25, 1.0), ratio=(0.8, 1.25)):
+    def __init__(self, height, width, scale=(0.4, 1.0), ratio=(0.8, 1.25)):
         self.size, self.scale, self.ratio = (height, width), scale, ratio
 
     def draw(self, count, height, width):
@@ -243,9 +224,8 @@ class MTLDataset(Dataset):
         transform: maps what `read` returns to the same, at any size; a RandomCropFlip, for instance.
             Normalisation comes after it.
         root: the folder with train/, val/ and test/.
-        jitter: strength of `colour_jitter` after the transform, in [0, 1).
-        zoom_out, remove_pets, poor_light: shares of the images that the functions of these names change after that,
-            in this order, 0 to 1.
+        zoom_out, remove_pets, poor_light: shares of the images that the functions of these names change after the
+            transform, in this order, 0 to 1.
 
     Attributes:
         device: where images and masks are augmented and returned: the CPU, or a GPU in a process that may use it.
@@ -257,10 +237,8 @@ class MTLDataset(Dataset):
     meantime the files may be replaced by ones of the same preparation, as data_rechunk.py does.
     """
 
-    def __init__(
-        self, type='train', transform=None, root='datasets/data_new', jitter=0, zoom_out=0, remove_pets=0, poor_light=0
-    ):
-        self.folder, self.transform, self.jitter = Path(root) / type, transform, jitter
+    def __init__(self, type='train', transform=None, root='datasets/data_new', zoom_out=0, remove_pets=0, poor_light=0):
+        self.folder, self.transform = Path(root) / type, transform
         self.zoom_out, self.remove_pets, self.poor_light = zoom_out, remove_pets, poor_light
         self.split = read_split(self.folder)
         self.device = torch.device('cpu')
@@ -281,8 +259,9 @@ class MTLDataset(Dataset):
         if self.transform is not None:
             images, boxes, masks = self.transform(images, boxes, masks)
         boxes, labels = self._relative(boxes, *images.shape[-2:]), torch.from_numpy(self.split.labels[index])
-        if self.jitter or self.zoom_out or self.remove_pets or self.poor_light:
-            images = colour_jitter(images, self.jitter)
+        if self.zoom_out or self.remove_pets or self.poor_light:
+            if not images.is_floating_point():
+                images = images.float() / 255
             images, boxes, masks = zoom_out(images, boxes, masks, self.zoom_out)
             images, boxes, labels, masks = remove_pets(images, boxes, labels, masks, self.remove_pets)
             images = poor_light(images, self.poor_light)

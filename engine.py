@@ -74,8 +74,7 @@ class Config:
     # The recipe. Small images allow more epochs in the same time (progressive resizing: Howard, fast.ai on DAWNBench,
     # 2018). In crops at 3/4 of the size, objects are about as large as in evaluation; the last epochs are for detail.
     sizes: tuple = ((0.3, 3 / 8), (0.6, 1 / 2), (0.85, 3 / 4), (1, 1))  # see `training_size`
-    crop: tuple = (0.25, 1.0)  # smallest and largest area of a crop, as a share of the image's
-    jitter: float = 0.3  # see `colour_jitter`
+    crop: tuple = (0.4, 1.0)  # smallest and largest area of a crop, as a share of the image's
     zoom_out: float = 0.25  # share of the images, see `zoom_out`
     remove_pets: float = 0.05  # share of the images, see `remove_pets`
     poor_light: float = 0.25  # share of the images, see `poor_light`
@@ -200,7 +199,6 @@ def train_one_epoch(run, before_step=lambda: None):
     size = training_size(epoch, config.epochs, train_set.split.image_size, config.sizes)
     train_set.transform = RandomCropFlip(*size, config.crop)
     train_set.device = run.augmentation_device()
-    train_set.jitter = config.jitter
     for name in 'zoom_out', 'remove_pets', 'poor_light':
         setattr(train_set, name, getattr(config, name))
     batches = run.draw(epoch)

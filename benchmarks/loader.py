@@ -3,7 +3,7 @@
     python benchmarks/loader.py --data datasets/data_new
 
 Reads the first --count images of an epoch of train_mtl.py, augmented to 128 x 128 in batches of 32: with
-RandomCropFlip and colour jitter, and with v2's transforms on one image after the other. Both read the files a second
+RandomCropFlip, and with v2's transforms on one image after the other. Both read the files a second
 time when they are measured, from the system's cache. They and a step of training at 128 x 128 take turns in every
 round; printed are the median over the rounds and the lowest and highest. Expect two minutes.
 
@@ -28,16 +28,12 @@ from support.device import keep_freed_memory
 SIZE = (128, 128)
 OURS, V2, STEP = 'loading', "loading, v2's transforms", 'training step'
 TRANSFORMS = v2.Compose(
-    [
-        v2.RandomResizedCrop(SIZE, scale=Config.crop, ratio=(0.8, 1.25), antialias=True),
-        v2.RandomHorizontalFlip(),
-        v2.ColorJitter(*[Config.jitter] * 3),
-    ]
+    [v2.RandomResizedCrop(SIZE, scale=Config.crop, ratio=(0.8, 1.25), antialias=True), v2.RandomHorizontalFlip()]
 )
 
 
 def one_by_one(images, boxes, masks):
-    """RandomCropFlip and colour_jitter as torchvision has them, on one image after the other."""
+    """RandomCropFlip as torchvision has them, on one image after the other."""
     samples = []
     for image, box, mask in zip(images, boxes, masks):
         box = tv_tensors.BoundingBoxes(box[None], format='XYXY', canvas_size=image.shape[-2:])
@@ -46,9 +42,9 @@ def one_by_one(images, boxes, masks):
     return torch.stack(images), torch.cat(boxes), torch.stack(masks)
 
 
-def make_loader(data, transform, jitter, count):
+def make_loader(data, transform, count):
     """A loader of `count` training images in batches of 32."""
-    dataset = MTLDataset('train', transform, data, jitter=jitter)
+    dataset = MTLDataset('train', transform, data)
     part = torch.utils.data.Subset(dataset, range(len(dataset)))
     steps = -(-count // Config.batch_size)
     batches = draw_epoch(part, Config.batch_size, seed=0, epoch=1, steps=steps)
@@ -73,8 +69,8 @@ def main(argv=None):
     with common.prepared(args.data, 600) as data:
         take_step = make_step(LINES[RECIPE], SIZE, Config(data, device='cpu'))
         measures = {
-            OURS: partial(milliseconds, make_loader(data, RandomCropFlip(*SIZE), Config.jitter, args.count)),
-            V2: partial(milliseconds, make_loader(data, one_by_one, 0, args.count)),
+            OURS: partial(milliseconds, make_loader(data, RandomCropFlip(*SIZE), args.count)),
+            V2: partial(milliseconds, make_loader(data, one_by_one, args.count)),
             STEP: lambda: seconds_per_step(take_step, seconds=2) / Config.batch_size * 1e3,
         }
         values = common.in_turns(measures, args.rounds)

@@ -112,7 +112,7 @@ class OriginalRun(engine.Run):
         """The batches of an epoch, without the augmentation that train_one_epoch has just chosen."""
         dataset = self.splits['train'].dataset
         dataset.transform = None
-        dataset.jitter = dataset.zoom_out = dataset.remove_pets = dataset.poor_light = 0
+        dataset.zoom_out = dataset.remove_pets = dataset.poor_light = 0
         return super().draw(epoch)
 
 

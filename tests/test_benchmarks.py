@@ -126,7 +126,7 @@ def test_the_waterfall_compares_rounds_and_weights_sizes():
 
 
 def test_augmentation_one_by_one_gives_batches_as_ours_does(shared_data):
-    (batch,) = loader.make_loader(shared_data, loader.one_by_one, 0, count=32)
+    (batch,) = loader.make_loader(shared_data, loader.one_by_one, count=32)
     assert batch.image.shape == (32, 3, *loader.SIZE) and batch.image.dtype == torch.float32
     assert batch.mask.shape == (32, 1, *loader.SIZE) and set(batch.mask.unique().tolist()) == {0, 1}
     known = ~batch.bbox.isnan().any(dim=1)
@@ -200,31 +200,31 @@ def test_times_are_medians_over_the_seeds():
 
 
 def test_differences_to_the_whole_recipe_share_their_spread():
-    values = {tricks.WHOLE: (0.5, 0.6), 'AdamW for all': (0.6, 0.7), 'no colour jitter': (0.5, 0.7)}
+    values = {tricks.WHOLE: (0.5, 0.6), 'AdamW for all': (0.6, 0.7), 'no poor light': (0.5, 0.7)}
     rows = [
         {'variant': name, 'seed': seed, 'steps': steps, **dict.fromkeys(tricks.METRICS, value)}
         for (name, pair), steps in zip(values.items(), (10, 5, 10))
         for seed, value in enumerate(pair)
     ]
-    whole, adamw, jitter = tricks.table_rows(rows)
+    whole, adamw, light = tricks.table_rows(rows)
     assert whole[:4] == [tricks.WHOLE, '2', '1.00', '0.550']
     # What is left: 1/60 and -1/60 of the first two, -1/30 and 1/30 of the third; 4.303 (2 x 0.00333 / 2 / 2)^0.5.
-    assert adamw[:4] == ['AdamW for all', '2', '0.50', '+0.100 ± 0.176'] and jitter[3] == '+0.050 ± 0.176'
+    assert adamw[:4] == ['AdamW for all', '2', '0.50', '+0.100 ± 0.176'] and light[3] == '+0.050 ± 0.176'
     assert tricks.table_rows(rows[::2])[1][3] == '+0.100 ± nan'  # one seed
 
 
 @pytest.mark.slow
 def test_variants_take_the_steps_that_were_measured_and_finished_runs_stay(shared_data, tmp_path, capsys):
     options = ['--data', str(shared_data), '--minutes', '0.001', '--out', str(tmp_path)]
-    options += ['--only', tricks.WHOLE, 'no colour jitter', '--seeds']
+    options += ['--only', tricks.WHOLE, 'no poor light', '--seeds']
     (tmp_path / 'scratch-steps.csv').write_text(f'variant,steps\n{tricks.WHOLE},1\n')
     tricks.main([*options, '1'])
     rows = tricks.read_rows(tmp_path / 'scratch.csv')
-    assert {(row['variant'], row['seed']) for row in rows} == {(tricks.WHOLE, 0), ('no colour jitter', 0)}
+    assert {(row['variant'], row['seed']) for row in rows} == {(tricks.WHOLE, 0), ('no poor light', 0)}
     assert len(tricks.read_rows(tmp_path / 'scratch-steps.csv')) == 2 and rows[0]['steps'] == 1
     capsys.readouterr()
     tricks.main([*options, '1'])
-    assert tricks.read_rows(tmp_path / 'scratch.csv') == rows and 'no colour jitter' in capsys.readouterr().out
+    assert tricks.read_rows(tmp_path / 'scratch.csv') == rows and 'no poor light' in capsys.readouterr().out
 
 
 # ---- robustness.py
