@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.ops import box_area
+from torchvision.transforms import v2
 
 from support.cli import InputError, ignore_signals, signals_blocked
 from support.device import seed_everything
@@ -103,7 +104,7 @@ def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
     Args:
         images: (N, 3, H, W) float 0-1.
         boxes: (N, 4) in [0, 1].
-        masks: (N, 1, H, W) uint8. Only images without unknown pixels are used.
+        masks: (N, 1, H, W) uint8. Only images with a pet and without unknown pixels are used.
         share: of the images, 0 to 1.
         scale: of the pet, smallest and largest.
 
@@ -111,7 +112,8 @@ def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
     """
     height, width = images.shape[-2:]
     known = all_known(masks)
-    chosen = known & known.roll(-1) & (torch.rand(len(images)) < share)
+    has_pet = (masks == 1).flatten(1).any(dim=1).cpu()
+    chosen = known & has_pet & known.roll(-1) & (torch.rand(len(images)) < share)
     new_images, new_boxes, new_masks = images.clone(), boxes.clone(), masks.clone()
     rows = torch.nonzero(chosen).flatten()
     for row, canvas in zip(rows.tolist(), without_pets(images, masks, (rows + 1) % len(images))):
@@ -160,29 +162,21 @@ class RandomCropFlip:
     """
 
     def __init__(self, height, width, scale=(0.4, 1.0), ratio=(0.8, 1.25)):
-        self.size, self.scale, self.ratio = (height, width), scale, ratio
+        self.size, self.crop = (height, width), v2.RandomResizedCrop((height, width), scale, ratio)
 
-    def draw(self, count, height, width):
-        """Parameters for `count` images of height x width: crops, a (count, 4) int64 tensor of top, left, height and
-        width, and flips, (count,) bool."""
-        attempts = 10  # to draw a crop that fits into the image, as in v2; the first that does is taken
-        area = height * width * torch.empty(count, attempts).uniform_(*self.scale)
-        ratio = torch.empty(count, attempts).uniform_(*map(math.log, self.ratio)).exp()
-        sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2)
-        largest = torch.tensor([min(height, width / self.ratio[0]), min(width, height * self.ratio[1])])
-        sides = torch.cat([sides, largest.expand(count, 1, 2)], dim=1).round()  # the largest always fits
-        image = torch.tensor([height, width])
-        chosen = (sides <= image).all(dim=2).int().argmax(dim=1)
-        sides = sides[torch.arange(count), chosen].long()
-        corners = (torch.rand(count, 2) * (image - sides + 1)).long()
-        return torch.cat([corners, sides], dim=1), torch.rand(count) < 0.5
+    def draw(self, images):
+        """Parameters for images (N, 3, H, W): crops, an (N, 4) int64 tensor of top, left, height and width, and flips,
+        (N,) bool."""
+        drawn = [self.crop.make_params([images]) for _ in images]
+        crops = torch.tensor([[each[key] for key in ('top', 'left', 'height', 'width')] for each in drawn])
+        return crops, torch.rand(len(images)) < 0.5
 
     def __call__(self, images, boxes, masks):
         """Images (N, 3, H, W), boxes (N, 4) in pixels and masks (N, 1, H, W) -> the same, cropped, resized, flipped.
 
         Boxes may reach over the border.
         """
-        return self.apply(images, boxes, masks, *self.draw(len(images), *images.shape[-2:]))
+        return self.apply(images, boxes, masks, *self.draw(images))
 
     def apply(self, images, boxes, masks, crops, flips):
         """`__call__` with the parameters that `draw` returns."""
@@ -253,15 +247,13 @@ class MTLDataset(Dataset):
             return Sample(*(field[0] for field in self[[position]]))
         images, boxes, masks = self.read(index)
         if self.device.type != 'cpu':
-            images, masks = images.to(self.device), masks.to(self.device)
-            if not images.is_floating_point():  # only a CPU resizes bytes with antialiasing
-                images = images.float() / 255
+            # As floats: only a CPU resizes bytes with antialiasing.
+            images, masks = v2.functional.to_dtype(images.to(self.device), scale=True), masks.to(self.device)
         if self.transform is not None:
             images, boxes, masks = self.transform(images, boxes, masks)
         boxes, labels = self._relative(boxes, *images.shape[-2:]), torch.from_numpy(self.split.labels[index])
         if self.zoom_out or self.remove_pets or self.poor_light:
-            if not images.is_floating_point():
-                images = images.float() / 255
+            images = v2.functional.to_dtype(images, scale=True)
             images, boxes, masks = zoom_out(images, boxes, masks, self.zoom_out)
             images, boxes, labels, masks = remove_pets(images, boxes, labels, masks, self.remove_pets)
             images = poor_light(images, self.poor_light)

@@ -507,7 +507,7 @@ def write_epoch(run):
     """Write the files made from the history; again on resume, as a kill may have left them older than last.pt."""
     folder = Path(run.config.out)
     save_checkpoint(folder / 'best.pt', run.best_model)
-    report.write_log(run.history, folder / 'log.csv')
+    report.write_csv(run.history, folder / 'log.csv')
     report.draw_curves(run.history, PRINTED, folder / 'curves.png')
 
 

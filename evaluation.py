@@ -14,7 +14,7 @@ from torch import nn
 from dataloader_mtl import Sample, evaluation_loader, iter_loader
 from models import FlipAveraged, Outputs
 from support.distributed import all_gather
-from utils import METRICS, POOLED, TASKS, MeanLosses, class_details, mask_details, mean_value, task_losses
+from utils import METRICS, PIXELS, POOLED, TASKS, MeanLosses, class_details, mean_value, overlap, task_losses
 
 FEWEST_LABELS = 50  # to fit a temperature to
 
@@ -30,7 +30,7 @@ def score(model, dataset, device, batch_size=32, workers=0, bfloat16=False, befo
 
     Returns a pair over all ranks: {metric of METRICS or detail: (N, ...) float64 array, NaN for samples without the
     label}, and {'loss_<task>': mean}. For a task that the network does not have, the metrics are NaN and there are no
-    details (`utils.mask_details`, `utils.class_details`). Evaluation mode; the model's mode is restored.
+    details (`utils.overlap`, `utils.class_details`). Evaluation mode; the model's mode is restored.
     """
     was_training = model.training
     model.eval()
@@ -52,7 +52,7 @@ def score(model, dataset, device, batch_size=32, workers=0, bfloat16=False, befo
                 if metric.task == task
             }
             if task == 'mask':
-                found |= mask_details(prediction, target)
+                found |= zip(PIXELS, overlap(prediction, target))
             if task == 'class':
                 found |= class_details(prediction, target, split.class_species)
             for name, column in found.items():

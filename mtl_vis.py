@@ -279,7 +279,7 @@ def main(argv=None):
     )
     add('--count', type=whole_number(1), default=6, help='how many test images (default: %(default)s)')
     add('--seed', type=whole_number(0), default=0, help='which test images (default: %(default)s)')
-    add('--flip', action='store_true', help='average with the mirror image: better head box and breed, in twice the time')
+    add('--flip', action='store_true', help='average with the mirror image: better box and breed, in twice the time')
     add('--json', type=json_target, metavar='FILE', help='write a line of JSON for each photograph; -: print it')
     add('--save-masks', type=folder_to_write, metavar='DIR', help="write each photograph's mask as DIR/NAME_mask.png")
     add('--cutouts', type=folder_to_write, metavar='DIR', help='write each pet cut out as DIR/NAME_cutout.png')

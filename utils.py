@@ -199,11 +199,6 @@ def accuracy(label_logits, label, reduction='mean'):
 PIXELS = ('pixels_both', 'pixels_predicted', 'pixels_true')
 
 
-def mask_details(mask_logits, mask):
-    """{'pixels_both', 'pixels_predicted', 'pixels_true': the counts of `overlap`}."""
-    return dict(zip(PIXELS, overlap(mask_logits, mask)))
-
-
 def class_details(label_logits, label, class_species):
     """What was predicted for each sample whose label is known, each (K,) float64, and the logits (K, n_classes).
 
@@ -305,7 +300,7 @@ class Metric(NamedTuple):
 class Pooled(NamedTuple):
     printed: str
     function: Callable  # (*details) -> a value of the whole data set
-    details: tuple  # the names of what it takes, of `mask_details` or `class_details`
+    details: tuple  # the names of what it takes: PIXELS or of `class_details`
 
 
 TASKS = {

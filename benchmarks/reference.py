@@ -62,26 +62,19 @@ class ReferenceNet(nn.Module):
         self.encoder = nn.ModuleList(map(double_conv, (3, *CHANNELS), CHANNELS, kernels))
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.expanding = nn.ModuleList(map(expanding, (256, 256, 128, 64), (128, 64, 32, 1)))
-        self.label = class_head(n_classes) if 'class' in self.tasks else None
-        self.bbox = box_head() if 'box' in self.tasks else None
+        self.label = class_head(n_classes)
+        self.bbox = box_head()
 
     def forward(self, x):
         features = []
         for block in self.encoder:
             x = self.pool(block(x))
             features.append(x)
-        label, bbox = (None if head is None else head(x) for head in (self.label, self.bbox))
-        *skips, x = features
-        x = self.expanding[0](x)
+        *skips, top = features
+        x = self.expanding[0](top)
         for block, skip in zip(self.expanding[1:], reversed(skips)):
             x = block(torch.cat([x, skip], dim=1))
-        return Outputs(label, x, bbox)
-
-
-class ReferenceMaskNet(ReferenceNet):
-    """Only the mask, at any size."""
-
-    tasks = ('mask',)
+        return Outputs(self.label(top), x, self.bbox(top))
 
 
 class OriginalObjective(engine.Objective):

@@ -16,6 +16,7 @@ import common
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import v2
 
 from dataloader_mtl import MEAN, STD, MTLDataset
 from evaluation import bootstrap_interval
@@ -30,12 +31,13 @@ BATCH = 32  # in which pets are moved to each other's backgrounds
 
 def four_in_one(images, boxes, masks):
     """Each image with the three before it in the batch, all at half the size; boxes and masks go along."""
-    images, masks = (F.interpolate(each.float(), scale_factor=0.5, mode='area') for each in (images, masks))
+    images = v2.functional.to_dtype(images, scale=True)
+    images, masks = (F.interpolate(each, scale_factor=0.5, mode='area') for each in (images, masks.float()))
     images, masks = (
         torch.cat([torch.cat([each, each.roll(1, 0)], 3), torch.cat([each.roll(2, 0), each.roll(3, 0)], 3)], 2)
         for each in (images, masks.round())
     )
-    return images / 255, boxes / 2, masks.byte()
+    return images, boxes / 2, masks.byte()
 
 
 COPIES = {

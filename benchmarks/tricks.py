@@ -16,6 +16,7 @@ with 95 % intervals by Student's t; all variants are taken to vary alike between
 
 import math
 import multiprocessing
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -28,7 +29,6 @@ import torch
 from robustness import COPIES
 from scipy import stats
 from statsmodels.formula.api import ols
-from time_to_dice import steps_that_fit, train_epoch
 from train_step import IMAGENET, Line, make_run
 
 import engine
@@ -36,7 +36,7 @@ import models
 import train_mtl
 import utils
 from dataloader_mtl import MTLDataset
-from engine import Config
+from engine import Config, train_one_epoch
 from evaluation import evaluate
 from models import MTLNet
 from support.cli import positive_number, run_script, whole_number
@@ -56,7 +56,6 @@ class Variant(NamedTuple):
     config: dict = {}
     change: Callable = lambda: None
     bases: tuple = tuple(BASES)
-    keep_memory: bool = True
 
 
 def equal_weights():
@@ -71,16 +70,8 @@ def no_giou():
     utils.ops.generalized_box_iou_loss = lambda bbox, target: bbox.new_zeros(len(bbox))
 
 
-def no_shortcut():
-    models.Residual.forward = lambda self, x: torch.relu(self.bn(self.conv(x)))
-
-
 def nothing_frozen():
     models.TimmEncoder.freeze_shallow = lambda self: None
-
-
-def all_bfloat16():
-    models.is_slow_in_bfloat16 = lambda conv: False
 
 
 def cosine_schedule():
@@ -89,10 +80,6 @@ def cosine_schedule():
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.2)
 
     engine.make_schedule = make
-
-
-def wider_decoder():
-    models.TIMM_WIDTHS = tuple(2 * width for width in models.TIMM_WIDTHS)
 
 
 VARIANTS = {
@@ -105,27 +92,40 @@ VARIANTS = {
     'equal weights of the tasks': Variant(change=equal_weights),
     'no label smoothing': Variant(change=no_smoothing),
     'L1 without GIoU': Variant(change=no_giou),
-    'no residual shortcut': Variant(change=no_shortcut, bases=('scratch',)),
     'no frozen layers': Variant(change=nothing_frozen, bases=('imagenet',)),
     'one learning rate': Variant({'encoder_lr_share': 1}, bases=('imagenet',)),
-    'depthwise convolutions in bfloat16': Variant(change=all_bfloat16, bases=('imagenet',)),
     'cosine schedule': Variant(change=cosine_schedule),
-    'float32': Variant({'bfloat16': False}),
-    'freed memory not kept': Variant(keep_memory=False),
     'no full size at the end': Variant({'sizes': (*Config.sizes[:-2], (1, 3 / 4))}, bases=('scratch',)),
-    'larger crops and smaller ones': Variant({'crop': (0.25, 1.0)}),
-    'wider decoder': Variant(change=wider_decoder, bases=('imagenet',)),
+    'crops from 25 %': Variant({'crop': (0.25, 1.0)}),
     'EfficientNet-Lite1': Variant({'encoder': 'tf_efficientnet_lite1'}, bases=('imagenet',)),
     'EfficientNet-Lite2': Variant({'encoder': 'tf_efficientnet_lite2'}, bases=('imagenet',)),
 }
+
+
+def train_epoch(run):
+    """Train for an epoch; returns its seconds."""
+    start = time.perf_counter()
+    run.history.append(train_one_epoch(run))
+    seconds = time.perf_counter() - start
+    run.start_epoch()
+    return seconds
+
+
+def steps_that_fit(line, config, seconds):
+    """Steps of an epoch with which a run of `config.epochs` takes about `seconds`, as timed in shorter runs."""
+    steps, spent = 0, 0
+    while spent < seconds / 20:
+        steps = max(1, 2 * steps)
+        run = make_run(line, replace(config, steps=steps))
+        spent = sum(train_epoch(run) for _ in range(config.epochs))
+    return max(1, round(steps * seconds / spent))
 
 
 def start_variant(name, base):
     """The Line of a variant, in a process of its own."""
     variant = VARIANTS[name]
     torch.set_num_threads(1)
-    if variant.keep_memory:
-        keep_freed_memory()
+    keep_freed_memory()
     variant.change()
     return Line(MTLNet, config=BASES[base] | variant.config)
 
@@ -222,7 +222,7 @@ def main(argv=None):
         tasks = [(measure_steps, name, args.base, config, 60 * args.minutes) for name in missing]
         for row in run_all(tasks, 1):
             measured.append(row)
-            write_csv(('variant', 'steps'), measured, steps_path)
+            write_csv(measured, steps_path, ('variant', 'steps'))
         steps = {row['variant']: row['steps'] for row in measured}
         wanted = [(name, seed) for seed in range(args.seeds) for name in names if name in steps]
         done = {(row['variant'], row['seed']) for row in rows}
@@ -233,7 +233,7 @@ def main(argv=None):
         ]
         for row in run_all(tasks, args.jobs):
             rows.append(row)
-            write_csv(COLUMNS, rows, path)
+            write_csv(rows, path, COLUMNS)
     if any(row['variant'] == WHOLE for row in rows):  # what the others are compared with
         common.print_table(['', 'seeds', 'steps', *METRICS], table_rows(rows))
 

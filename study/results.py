@@ -39,7 +39,7 @@ def write_result(key, metrics, folder):
             **{f'constant_{name}': values['constant'] for name, values in test.items()},
             'learned_weighting': ' '.join(f'{name}={x:.3f}' for name, x in metrics['learned_weighting'].items()),
         }
-    write_csv(RUN_COLUMNS, [row], folder / 'result.csv')
+    write_csv([row], folder / 'result.csv', RUN_COLUMNS)
 
 
 def add_result(out, key, folder):

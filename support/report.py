@@ -74,19 +74,15 @@ def write_metrics(metrics, path):
     return json.loads(text)
 
 
-def write_csv(columns, rows, path):
-    """A CSV of dicts; a value that a row does not have stays empty."""
+def write_csv(rows, path, columns=None):
+    """A CSV of dicts; a value that a row does not have stays empty. Without `columns`, those of all rows."""
+    columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline='')
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
     content = text.getvalue().encode()
     write_file(path, lambda file: file.write(content))
-
-
-def write_log(history, path):
-    """A CSV with a row for each epoch."""
-    write_csv(list(dict.fromkeys(name for row in history for name in row)), history, path)
 
 
 def write_scores(scores, names, classes, path):
@@ -96,7 +92,7 @@ def write_scores(scores, names, classes, path):
     """
     columns = ['image', 'class', *scores]
     texts = [['' if math.isnan(value) else f'{value:.6g}' for value in values] for values in scores.values()]
-    write_csv(columns, [dict(zip(columns, row)) for row in zip(names, classes, *texts)], path)
+    write_csv([dict(zip(columns, row)) for row in zip(names, classes, *texts)], path, columns)
 
 
 def lowest(values, names, count=8):

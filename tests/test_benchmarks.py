@@ -1,7 +1,7 @@
 """The benchmarks: what they compare with is what it says, and they compute what they print."""
 
 import importlib
-import math
+import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import rechunk
 import robustness
-import time_to_dice
 import torch
 import train_step
 import tricks
 from conftest import ROOT
-from reference import OriginalRun, ReferenceMaskNet, ReferenceNet, SmpUNet
+from reference import OriginalRun, ReferenceNet, SmpUNet
 
 import data_prepare
 import data_rechunk
@@ -83,11 +82,6 @@ def test_the_original_learns_every_task_from_images_as_they_are_stored(large_dat
     assert run.splits['train'].dataset.transform is None
 
 
-def test_the_reference_of_masks_takes_the_sizes_of_the_recipe():
-    outputs = ReferenceMaskNet()(torch.zeros(2, 3, 64, 96))
-    assert outputs.mask.shape == (2, 1, 64, 96) and outputs.label is None and outputs.bbox is None
-
-
 def test_without_smp_a_line_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, 'segmentation_models_pytorch', None)
     with pytest.raises(InputError, match='missing; pip install -r benchmarks/requirements.txt'):
@@ -145,58 +139,23 @@ def test_h5repack_ends_with_one_image_a_chunk_as_ours_does(tmp_path):
         assert file['images'].chunks == (1, 64, 64, 3) and (file['images'][:2] == block).all()
 
 
-# ---- time_to_dice.py
-
-
-def test_a_finished_run_is_not_made_again(shared_data, tmp_path, capsys, monkeypatch):
-    options = ['--minutes', '0.001', '--points', '3', '--out', str(tmp_path), '--data', str(shared_data)]
-    options += ['--only', 'masks', '--seeds']
-    time_to_dice.main([*options, '1'])
-    curves = time_to_dice.read_curves(tmp_path / 'curves.csv')
-    assert {key: len(points) for key, points in curves.items()} == {('masks', Config.lr, 0): 3}
-    printed = capsys.readouterr().out
-    assert 'not reached' in printed and 'a mask of all ones' in printed and printed.endswith('ratio none\n')
-    monkeypatch.setattr(time_to_dice, 'train_curve', lambda _, config, seconds: [(0.5, 16, config.seed)])
-    time_to_dice.main([*options, '2'])
-    curves['masks', Config.lr, 1] = [(0.5, 16, 1)]
-    assert time_to_dice.read_curves(tmp_path / 'curves.csv') == curves
-    assert (tmp_path / 'time_to_dice.png').stat().st_size
+# ---- tricks.py
 
 
 def test_as_many_steps_as_fit(monkeypatch):
-    monkeypatch.setattr(time_to_dice, 'make_run', lambda contender, config: config)
-    monkeypatch.setattr(time_to_dice, 'train_epoch', lambda config: 0.5 * config.steps)
-    assert time_to_dice.steps_that_fit(None, Config(epochs=40), seconds=600) == 600 / 0.5 / 40
+    monkeypatch.setattr(tricks, 'make_run', lambda line, config: config)
+    monkeypatch.setattr(tricks, 'train_epoch', lambda config: 0.5 * config.steps)
+    assert tricks.steps_that_fit(None, Config(epochs=40), seconds=600) == 600 / 0.5 / 40
 
 
-@pytest.mark.parametrize('name, muon, rates', [('masks', True, {0.01}), ('masks-imagenet', False, {0.003, 0.0006})])
+@pytest.mark.parametrize(
+    'name, muon, rates',
+    [('ours, only the mask', True, {0.01}), ('ours, only the mask, ImageNet encoder', False, {0.003, 0.0006})],
+)
 def test_ours_trains_as_the_scripts_do(shared_data, full_networks, name, muon, rates):
-    run = train_step.make_run(time_to_dice.CONTENDERS[name], Config(shared_data, device='cpu'))
+    run = train_step.make_run(train_step.LINES[name], Config(shared_data, device='cpu'))
     assert isinstance(run.model, UNet) and any(group['muon'] for group in run.optimizer.param_groups) == muon
     assert {round(group['max_lr'], 6) for group in run.optimizer.param_groups} == rates
-
-
-def test_times_are_medians_over_the_seeds():
-    def points(*dice):
-        return [(minute, 16 * minute, value) for minute, value in enumerate(dice, 1)]
-
-    curves = {
-        ('masks', 0.003, 0): points(0.7, 0.8, 0.9),
-        ('masks', 0.003, 1): points(0.7, 0.7, 0.86),
-        ('masks', 0.003, 2): points(0.8, 0.85, 0.7),
-        ('original-our-training', 0.1, 0): points(0.2, 0.2, 0.2),
-        ('original-our-training', 0.01, 0): points(*[0.2] * 5, 0.85),
-    }
-    groups = time_to_dice.group_seeds(curves)
-    assert list(groups) == [('original-our-training', 0.01), ('original-our-training', 0.1), ('masks', 0.003)]
-    assert time_to_dice.minutes_to(0.9, groups['masks', 0.003]) == [3, math.inf, math.inf]
-    assert [time_to_dice.best_minutes(0.85, groups, name) for name in ('original-our-training', 'masks')] == [6, 3]
-    *_, row = time_to_dice.make_rows(groups)
-    assert row[:3] == ['masks', '0.003', '3'] and row[3:6] == ['2.0 (1.0-3.0)', '3.0 (2.0-3.0)', 'not reached']
-    assert row[6:] == ['0.860 (0.850-0.900)', '48']
-
-
-# ---- tricks.py
 
 
 def test_differences_to_the_whole_recipe_share_their_spread():
@@ -246,7 +205,8 @@ def test_robustness_is_that_of_the_split_and_of_changed_copies(shared_data, mode
     assert {name for name, _ in found} == robustness.COPIES.keys()
     assert found['four in one', True].keys() == {'Dice'} and found['small', True].keys() == set(robustness.COLUMNS)
     dice = [np.mean(columns['Dice']) for (_, zoom), columns in found.items() if not zoom]
-    assert len(set(dice)) == len(dice)
+    means = [[np.mean(values) for values in columns.values()] for (_, zoom), columns in found.items() if not zoom]
+    assert all(one != other for one, other in itertools.combinations(means, 2))
     robustness.main(['--data', str(shared_data), '--model', str(model_path)])
     *rows, ratio = capsys.readouterr().out.splitlines()[3:]
     assert [float(row.partition('  ')[2].split()[0]) for row in rows[::2]] == pytest.approx(dice, abs=0.0006)

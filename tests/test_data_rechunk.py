@@ -333,16 +333,6 @@ def test_files_are_rechunked_on_a_file_system_without_locks(tmp_path, monkeypatc
     assert rechunk_file(path) == 20 and rechunk_file(path) is None
 
 
-@pytest.mark.parametrize('count', [3, 8])
-def test_same_bytes_detects_any_changed_byte(count):
-    one = np.array([np.nan, *range(count - 1)], np.float32)
-    assert data_rechunk.same_bytes(one, one.copy())
-    for position in range(count * 4):
-        other = one.copy()
-        other.view(np.uint8)[position] ^= 1
-        assert not data_rechunk.same_bytes(one, other)
-
-
 def test_file_without_checksums_is_rechunked_when_they_are_asked_for(tmp_path):
     path = write(tmp_path / 'images.h5', images(5))
     assert [rechunk_file(path, checksums=checksums) for checksums in (False, True, True, False)] == [5, 5, None, None]

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from support.cli import InputError
-from support.report import draw_curves, epoch_line, print_test, write_log, write_metrics, write_scores
+from support.report import draw_curves, epoch_line, print_test, write_csv, write_metrics, write_scores
 
 PRINTED = {'dice': 'Dice Score', 'accuracy': 'Accuracy'}
 FIRST = {'epoch': 1, 'train_loss_mask': 0.75, 'val_dice': 0.5, 'val_loss_mask': 0.8}
@@ -36,7 +36,7 @@ def test_test_metrics_are_printed_by_their_names(capsys):
 
 
 def test_log_has_a_row_for_each_epoch_and_empty_cells(tmp_path):
-    write_log([FIRST, SECOND], tmp_path / 'log.csv')
+    write_csv([FIRST, SECOND], tmp_path / 'log.csv')
     with open(tmp_path / 'log.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [*FIRST, 'train_loss_class', 'val_accuracy']
@@ -78,7 +78,7 @@ def test_metrics_file_has_the_versions_and_the_machine(tmp_path):
 @pytest.mark.parametrize(
     'name, write',
     [
-        ('log.csv', lambda path: write_log([FIRST], path)),
+        ('log.csv', lambda path: write_csv([FIRST], path)),
         ('curves.png', lambda path: draw_curves([FIRST], PRINTED, path)),
         ('metrics.json', lambda path: write_metrics({}, path)),
     ],

@@ -24,8 +24,10 @@ MAINS = 'data_prepare data_rechunk export_onnx mtl_vis oeq_weighting train_ablat
 LEVELS = (
     ('dataloader_mtl', 'utils', 'optimizers'),
     ('models',),
-    ('evaluation', 'prediction'),
-    ('engine', 'mtl_vis', 'export_onnx'),
+    ('prediction',),
+    ('mtl_vis',),
+    ('evaluation',),
+    ('engine', 'export_onnx'),
     ('train_mtl', 'train_baseline', 'train_ablation'),
     ('oeq_weighting', 'data_rechunk', 'data_prepare'),
 )

@@ -154,7 +154,7 @@ class FinishedProcess:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'last.pt').write_bytes(b'')
         row = {'minutes': 1, 'best_epoch': 1, 'masks': 70, 'val_dice': 0.7 + (key.rate == BEST) / 10, 'test_dice': 0.8}
-        write_csv(results.RUN_COLUMNS, [key._asdict() | row], folder / 'result.csv')
+        write_csv([key._asdict() | row], folder / 'result.csv', results.RUN_COLUMNS)
         (folder / 'test_scores.csv').write_text('image,class,dice,mask_iou,accuracy,box_iou\npug_1,pug,0.8,,,\n')
 
     def is_alive(self):
@@ -309,7 +309,7 @@ def write_results(out, reverse=False):
         row |= {f'val_{name}': 0.7 + (key.rate == BEST) / 10 for name in metrics}
         runs.append(key._asdict() | row | {f'test_{name}': values[name].mean() for name in metrics})
     step = -1 if reverse else 1
-    write_csv(results.RUN_COLUMNS, runs[::step], out / 'runs.csv')
+    write_csv(runs[::step], out / 'runs.csv', results.RUN_COLUMNS)
     pd.DataFrame(scores[::step], columns=results.SCORE_COLUMNS).to_csv(out / 'scores.csv.gz', index=False)
 
 

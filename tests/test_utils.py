@@ -26,8 +26,8 @@ from utils import (
     iou_metric,
     likeliest_species,
     macro_f1,
-    mask_details,
     mask_iou,
+    overlap,
     pooled_dice,
     pooled_iou,
     task_losses,
@@ -131,7 +131,7 @@ def test_uncertainty_weights_follow_the_formula_and_leave_out_a_task_without_lab
 
 
 def test_pooled_metrics_add_up_the_pixels_of_all_images():
-    both, predicted, true = (values.numpy() for values in mask_details(PREDICTED, TARGET).values())
+    both, predicted, true = (values.numpy() for values in overlap(PREDICTED, TARGET))
     assert both.tolist() == [1, 1, 0, 1] and predicted.tolist() == [2, 1, 0, 2] and true.tolist() == [1, 1, 0, 1]
     assert pooled_dice(both, predicted, true) == 6 / 8 and pooled_iou(both, predicted, true) == 3 / 5
     nothing = [np.zeros(2)] * 3
