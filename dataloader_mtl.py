@@ -422,22 +422,12 @@ def draw_epoch(subset, batch_size, seed, epoch, steps=None):
 # ---- loading
 
 
-def training_loader(batches, start, workers, device):
-    """A DataLoader of EpochBatches from batch `start` on."""
+def load_batches(dataset, batches, workers, device):
+    """An iterator of `dataset[batch]` for each of `batches`, loaded by this process or by `workers` others."""
+    options = {'num_workers': workers, 'worker_init_fn': init_worker, 'batch_size': None}
     pin_memory = device.type == 'cuda' and workers > 0
-    return make_loader(batches, range(start, len(batches)), workers, pin_memory=pin_memory)
-
-
-def evaluation_loader(dataset, batch_size, workers):
-    """A DataLoader of this rank's share of an MTLDataset or a Subset of one, in order."""
-    return make_loader(dataset, [batch for batch in split_batches(range(len(dataset)), batch_size) if batch], workers)
-
-
-def make_loader(dataset, sampler, workers, **options):
-    """A DataLoader of the items that `sampler` names, each of them a batch."""
-    return DataLoader(
-        dataset, batch_size=None, sampler=sampler, num_workers=workers, worker_init_fn=init_worker, **options
-    )
+    with signals_blocked():  # signals do not reach the workers before they ignore them
+        return iter(DataLoader(dataset, sampler=batches, pin_memory=pin_memory, **options))
 
 
 def init_worker(_):
@@ -445,12 +435,6 @@ def init_worker(_):
     ignore_signals()
     # A batch that does not fit into shared memory would be dropped and waited for for ever; exit instead.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
-
-
-def iter_loader(loader):
-    """`iter(loader)`; signals do not reach its workers before they ignore them."""
-    with signals_blocked():
-        return iter(loader)
 
 
 @contextmanager

@@ -32,9 +32,8 @@ from dataloader_mtl import (
     count_known,
     draw_epoch,
     image_names,
-    iter_loader,
+    load_batches,
     load_splits,
-    training_loader,
     training_size,
     worker_errors,
 )
@@ -207,7 +206,7 @@ def train_one_epoch(run, before_step=lambda: None):
     disable = None if is_main_process() else True  # None: a bar on a terminal, none in a log
     run.model.train()
     with tqdm(total=total_samples, initial=done, desc=title, unit='img', leave=False, disable=disable) as bar:
-        for batch in iter_loader(training_loader(batches, run.steps, config.workers, run.device)):
+        for batch in load_batches(batches, range(run.steps, len(batches)), config.workers, run.device):
             before_step()
             batches.seed(run.steps, TRAINING)
             total, losses = run.objective(to_device(batch, run.device))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataloader_mtl import Sample, evaluation_loader, iter_loader
+from dataloader_mtl import Sample, load_batches, split_batches
 from models import FlipAveraged, Outputs
 from support.distributed import all_gather
 from utils import METRICS, PIXELS, POOLED, TASKS, MeanLosses, class_details, mean_value, overlap, task_losses
@@ -35,8 +35,9 @@ def score(model, dataset, device, batch_size=32, workers=0, bfloat16=False, befo
     was_training = model.training
     model.eval()
     values, losses, seen = {name: np.full(len(dataset), np.nan) for name in METRICS}, MeanLosses(), 0
-    loader, split = evaluation_loader(dataset, batch_size, workers), getattr(dataset, 'dataset', dataset).split
-    for positions, batch in zip(loader.sampler, iter_loader(loader)):
+    batches = [batch for batch in split_batches(range(len(dataset)), batch_size) if batch]  # this rank's share
+    split = getattr(dataset, 'dataset', dataset).split
+    for positions, batch in zip(batches, load_batches(dataset, batches, workers, device)):
         before_batch()
         known = {name: task.known(getattr(batch, task.field)).cpu().numpy() for name, task in TASKS.items()}
         batch = to_device(batch, device)

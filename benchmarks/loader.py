@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from train_step import LINES, RECIPE, make_step, seconds_per_step
 
-from dataloader_mtl import MTLDataset, RandomCropFlip, draw_epoch, training_loader
+from dataloader_mtl import MTLDataset, RandomCropFlip, draw_epoch, load_batches
 from engine import Config
 from support.cli import run_script, whole_number
 from support.device import keep_freed_memory
@@ -42,20 +42,19 @@ def one_by_one(images, boxes, masks):
     return torch.stack(images), torch.cat(boxes), torch.stack(masks)
 
 
-def make_loader(data, transform, count):
-    """A loader of `count` training images in batches of 32."""
+def make_batches(data, transform, count):
+    """The EpochBatches of `count` training images in batches of 32."""
     dataset = MTLDataset('train', transform, data)
     part = torch.utils.data.Subset(dataset, range(len(dataset)))
     steps = -(-count // Config.batch_size)
-    batches = draw_epoch(part, Config.batch_size, seed=0, epoch=1, steps=steps)
-    return training_loader(batches, 0, 0, torch.device('cpu'))
+    return draw_epoch(part, Config.batch_size, seed=0, epoch=1, steps=steps)
 
 
-def milliseconds(loader):
+def milliseconds(batches):
     """For one image, in a second pass: what the first finds in caches and memory is another's."""
     for _ in range(2):
         start = time.perf_counter()
-        images = sum(len(batch.image) for batch in loader)
+        images = sum(len(batch.image) for batch in load_batches(batches, range(len(batches)), 0, torch.device('cpu')))
     return (time.perf_counter() - start) / images * 1e3
 
 
@@ -69,8 +68,8 @@ def main(argv=None):
     with common.prepared(args.data, 600) as data:
         take_step = make_step(LINES[RECIPE], SIZE, Config(data, device='cpu'))
         measures = {
-            OURS: partial(milliseconds, make_loader(data, RandomCropFlip(*SIZE), args.count)),
-            V2: partial(milliseconds, make_loader(data, one_by_one, args.count)),
+            OURS: partial(milliseconds, make_batches(data, RandomCropFlip(*SIZE), args.count)),
+            V2: partial(milliseconds, make_batches(data, one_by_one, args.count)),
             STEP: lambda: seconds_per_step(take_step, seconds=2) / Config.batch_size * 1e3,
         }
         values = common.in_turns(measures, args.rounds)

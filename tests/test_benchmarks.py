@@ -120,7 +120,7 @@ def test_the_waterfall_compares_rounds_and_weights_sizes():
 
 
 def test_augmentation_one_by_one_gives_batches_as_ours_does(shared_data):
-    (batch,) = loader.make_loader(shared_data, loader.one_by_one, count=32)
+    (batch,) = loader.make_batches(shared_data, loader.one_by_one, count=32)
     assert batch.image.shape == (32, 3, *loader.SIZE) and batch.image.dtype == torch.float32
     assert batch.mask.shape == (32, 1, *loader.SIZE) and set(batch.mask.unique().tolist()) == {0, 1}
     known = ~batch.bbox.isnan().any(dim=1)

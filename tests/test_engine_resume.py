@@ -68,7 +68,7 @@ def test_stopped_run_is_not_overwritten_and_resume_is_bit_exact(shared_data, tmp
 
 def test_signal_during_evaluation_loses_no_step(shared_data, finished_run, tmp_path, monkeypatch):
     """It ends the evaluation after the batch."""
-    evaluated, to_device, loader = [], evaluation.to_device, evaluation.evaluation_loader
+    evaluated, to_device, split = [], evaluation.to_device, evaluation.split_batches
 
     def signal_in_evaluation(batch, device):
         evaluated.append(len(batch.image))
@@ -77,7 +77,7 @@ def test_signal_during_evaluation_loses_no_step(shared_data, finished_run, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, 'to_device', signal_in_evaluation)
-        patch.setattr(evaluation, 'evaluation_loader', lambda part, size, workers: loader(part, 4, workers))
+        patch.setattr(evaluation, 'split_batches', lambda order, size: split(order, 4))
         with pytest.raises(Stopped, match='in epoch 1, after 3 steps') as stopped:
             train(shared_data, tmp_path)
     assert stopped.value.status == 130 and evaluated == [4]
