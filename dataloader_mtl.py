@@ -40,20 +40,8 @@ LOADING, TRAINING = 0, 1  # what a batch's two random seeds are for
 
 
 def normalise(images):
-    """(..., 3, H, W), uint8 0-255 or float 0-1 -> float32, normalised with MEAN and STD.
-
-    Keeps the memory format, channels first or last.
-    """
-    mean, std = (torch.tensor(values, device=images.device) for values in (MEAN, STD))
-    scale, offset = 1 / std, -mean / std
-    if not images.is_floating_point():
-        images, scale = images.float(), scale / 255
-    pixels = images.movedim(-3, -1)
-    if not pixels.is_contiguous():
-        return torch.addcmul(offset[:, None, None], images, scale[:, None, None])
-    # Along whole rows of R, G, B, R, G, B: broadcasting over 3 channels, last, is four times slower.
-    scale, offset = scale.repeat(pixels.shape[-2]), offset.repeat(pixels.shape[-2])
-    return torch.addcmul(offset, pixels.flatten(-2), scale).view_as(pixels).movedim(-1, -3)
+    """(..., 3, H, W), uint8 0-255 or float 0-1 -> float32, normalised with MEAN and STD."""
+    return v2.functional.normalize(v2.functional.to_dtype(images, scale=True), MEAN, STD)
 
 
 def poor_light(images, share):

@@ -127,7 +127,8 @@ def run_network(network, model, pictures):
     """PIL images, RGB, of the model's size -> for each, Outputs without their N."""
     device = next(model.parameters()).device
     pixels = torch.stack([pil_to_tensor(picture) for picture in pictures])
-    outputs = network(normalise(pixels.to(device, memory_format=torch.channels_last)))  # twice as fast on a CPU
+    # This memory format is twice as fast on a CPU.
+    outputs = network(normalise(pixels.to(device)).contiguous(memory_format=torch.channels_last))
     return [Outputs(*(None if output is None else output[row] for output in outputs)) for row in range(len(pictures))]
 
 
