@@ -2,14 +2,11 @@
 
 import csv
 import json
-import resource
 
 import numpy as np
-import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from support.cli import InputError
 from support.report import draw_curves, epoch_line, print_test, write_csv, write_metrics, write_scores
 
 PRINTED = {'dice': 'Dice Score', 'accuracy': 'Accuracy'}
@@ -73,24 +70,3 @@ def test_metrics_file_has_the_versions_and_the_machine(tmp_path):
     assert json.loads((tmp_path / 'metrics.json').read_text()) == written
     assert written['test'] == {'dice': 0.5} and written['machine']['threads'] == 1
     assert {'python', 'torch', 'h5py', 'numpy'} <= set(written['versions'])
-
-
-@pytest.mark.parametrize(
-    'name, write',
-    [
-        ('log.csv', lambda path: write_csv([FIRST], path)),
-        ('curves.png', lambda path: draw_curves([FIRST], PRINTED, path)),
-        ('metrics.json', lambda path: write_metrics({}, path)),
-    ],
-)
-def test_full_disk_is_named_and_leaves_what_was_there(tmp_path, name, write):
-    (tmp_path / name).write_bytes(b'before')
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
-    try:
-        with pytest.raises(InputError) as error:
-            write(tmp_path / name)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(error.value) == f'{tmp_path / name}: cannot be written and is left as it was (File too large)'
-    assert (tmp_path / name).read_bytes() == b'before' and len(list(tmp_path.iterdir())) == 1
