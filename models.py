@@ -51,18 +51,6 @@ def conv_bn_relu(c_in, c_out, kernel=3, stride=1):
     )
 
 
-class Residual(nn.Module):
-    """(N, C, H, W) -> (N, C, H, W): a convolution around which the input takes a shortcut (He et al., CVPR 2016)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(channels)
-
-    def forward(self, x):
-        return F.relu(x + self.bn(self.conv(x)))
-
-
 class Encoder(nn.Module):
     """(N, c_in, H, W) -> features [(N, 32, /2), (N, 64, /4), (N, 128, /8), (N, 256, /16), (N, 256, /32)]."""
 
@@ -73,7 +61,7 @@ class Encoder(nn.Module):
         for level, c_out in enumerate(CHANNELS):
             # 4x4 at stride 2 sees every pixel equally often, as 3x3 at stride 2 does not.
             first = conv_bn_relu(c_in, c_out, kernel=4 if level == 0 else 3, stride=2)
-            self.stages.append(nn.Sequential(first, Residual(c_out)))
+            self.stages.append(nn.Sequential(first, conv_bn_relu(c_out, c_out)))
             c_in = c_out
 
     def forward(self, x):
@@ -354,8 +342,6 @@ def load_model(path=MODEL, device='cpu'):
     try:
         keys = 'network', 'encoder', 'class_names', 'class_species', 'image_size'
         name, encoder, class_names, class_species, size = (content[key] for key in keys)
-        if not isinstance(name, str) or name not in NETWORKS:
-            raise ValueError('another network')
         if not are_names(class_names):
             raise ValueError('its class names are not a list of printable names')
         if len(class_species) != len(class_names) or not all(each in (*SPECIES, None) for each in class_species):

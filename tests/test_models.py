@@ -145,6 +145,7 @@ def test_model_content_keeps_its_weights_while_the_model_trains():
 WRONG_ENTRIES = {  # ...: missing
     'format': [torch.zeros(3)],
     'network': ['Encoder', 'UNet', ['MTLNet'], ...],
+    'encoder': ['lcnet_050', ['unet'], None],
     'class_names': ['ab', [1, 2], ['a'], [], ['\ud800', 'b'], ['a' * 10**6, 'b']],
     'class_species': [None, ['cat'], ['cat', 'bird'], [['cat'], torch.zeros(3)]],
     'image_size': [[65, 64], [10**6, 10**6], [64.0, 64]],
@@ -158,7 +159,7 @@ WRONG_ENTRIES = {  # ...: missing
 def test_wrong_or_missing_entry_of_a_model_file_is_refused(model_path, entry, value):
     content = load_checkpoint(model_path, MODEL_FORMAT) | {entry: value}
     torch.save({key: value for key, value in content.items() if value is not ...}, model_path)
-    message = 'model.pt: (does not fit the networks|another kind of PyTorch file|a file of the format)'
+    message = 'model.pt: (does not fit the networks|encoder |another kind of PyTorch file|a file of the format)'
     with pytest.raises(InputError, match=message) as error:
         load_model(model_path)
     assert '\n' not in str(error.value) and len(str(error.value)) < 500
