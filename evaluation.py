@@ -30,7 +30,7 @@ def score(model, dataset, device, batch_size=32, workers=0, bfloat16=False, befo
 
     Returns a pair over all ranks: {metric of METRICS or detail: (N, ...) float64 array, NaN for samples without the
     label}, and {'loss_<task>': mean}. For a task that the network does not have, the metrics are NaN and there are no
-    details (`utils.overlap`, `utils.class_details`). Evaluation mode; the model's mode is restored.
+    details (`utils.PIXELS`, `utils.class_details`). Evaluation mode; the model's mode is restored.
     """
     was_training = model.training
     model.eval()

@@ -300,7 +300,7 @@ class Metric(NamedTuple):
 class Pooled(NamedTuple):
     printed: str
     function: Callable  # (*details) -> a value of the whole data set
-    details: tuple  # the names of what it takes: PIXELS or of `class_details`
+    details: tuple  # the names of what it takes, of PIXELS or `class_details`
 
 
 TASKS = {

@@ -303,7 +303,7 @@ def test_a_dataset_zooms_out_removes_pets_and_darkens(shared_data):
 
 
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
-def test_normalise_takes_bytes_and_floats_and_leaves_them_as_they_are(dtype):
+def test_normalise_takes_bytes_and_floats_and_leaves_its_input_as_it_is(dtype):
     images = v2.functional.to_dtype(torch.arange(90, dtype=torch.uint8).view(2, 3, 3, 5), dtype, scale=True)
     before = images.clone()
     mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
