@@ -259,6 +259,14 @@ def test_zoom_out_moves_a_smaller_pet_with_mask_and_box_to_the_background_of_the
         assert torch.equal(new[2:], old[2:])  # its next image's mask is unknown, or its own
 
 
+def test_zoom_out_leaves_an_image_without_a_pet_as_it_is():
+    images, boxes, masks = red_squares()
+    masks[0] = 0
+    changed = zoom_out(images, boxes, masks, share=1)
+    assert all(torch.equal(new[0], old[0]) for new, old in zip(changed, (images, boxes, masks)))
+    assert not torch.equal(changed[0][1], images[1])
+
+
 def test_zoom_out_remove_pets_and_poor_light_change_a_share_of_the_images():
     images, boxes, masks = (each[:1].repeat(200, *(each.ndim - 1) * [1]) for each in red_squares())
     seed_everything(0)
