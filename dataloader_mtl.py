@@ -83,28 +83,34 @@ def all_known(masks):
     return (masks != MASK_UNKNOWN).flatten(1).all(dim=1).cpu()
 
 
-def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
+def zoom_out(images, boxes, labels, masks, share, several=0, scale=(0.3, 0.8)):
     """Move the pets of a random share of the images, smaller, to the backgrounds of other images of the batch.
 
     Crops only make a pet larger, and photographs of pets show them large and in the middle. A pet is cut out by its
-    mask and placed anywhere (copy and paste: Ghiasi et al., CVPR 2021); the other's own pet is removed by `fill_in`.
+    mask and placed anywhere (copy and paste: Ghiasi et al., CVPR 2021). The other's own pet is removed by `fill_in`, or
+    stays; then the picture has several pets, and neither a box nor a label.
 
     Args:
         images: (N, 3, H, W) float 0-1.
         boxes: (N, 4) in [0, 1].
+        labels: (N,) int64.
         masks: (N, 1, H, W) uint8. Only images with a pet and without unknown pixels are used.
         share: of the images, 0 to 1.
+        several: share of these in which the other's pet stays, 0 to 1.
         scale: of the pet, smallest and largest.
 
-    Returns the three, changed, as copies.
+    Returns the four, changed, as copies.
     """
     height, width = images.shape[-2:]
     known = all_known(masks)
     has_pet = (masks == 1).flatten(1).any(dim=1).cpu()
     chosen = known & has_pet & known.roll(-1) & (torch.rand(len(images)) < share)
-    new_images, new_boxes, new_masks = images.clone(), boxes.clone(), masks.clone()
+    new_images, new_boxes, new_labels, new_masks = images.clone(), boxes.clone(), labels.clone(), masks.clone()
     rows = torch.nonzero(chosen).flatten()
-    for row, canvas in zip(rows.tolist(), without_pets(images, masks, (rows + 1) % len(images))):
+    others = (rows + 1) % len(images)
+    for row, other, empty in zip(rows.tolist(), others.tolist(), without_pets(images, masks, others)):
+        stays = several and torch.rand(()) < several
+        canvas, mask = (images[other].clone(), masks[other].clone()) if stays else (empty, torch.zeros_like(masks[0]))
         shrink, x, y = torch.rand(3).tolist()
         shrink = scale[0] + (scale[1] - scale[0]) * shrink
         small = round(height * shrink), round(width * shrink)
@@ -113,12 +119,13 @@ def zoom_out(images, boxes, masks, share, scale=(0.3, 0.8)):
         *pet, alpha = F.interpolate(layers, small, mode='bilinear', antialias=True)[0]
         window = (slice(None), slice(top, top + small[0]), slice(left, left + small[1]))
         canvas[window] = torch.lerp(canvas[window], torch.stack(pet), alpha)
-        new_images[row] = canvas
-        new_masks[row] = 0
-        new_masks[row][window] = (alpha > 0.5).to(masks.dtype)
+        mask[window] |= (alpha > 0.5).to(masks.dtype)
+        new_images[row], new_masks[row] = canvas, mask
         moved = boxes[row].view(2, 2) * torch.tensor([small[1] / width, small[0] / height])
         new_boxes[row] = (moved + torch.tensor([left / width, top / height])).flatten()
-    return new_images, new_boxes, new_masks
+        if stays:
+            new_boxes[row], new_labels[row] = torch.nan, -1
+    return new_images, new_boxes, new_labels, new_masks
 
 
 def remove_pets(images, boxes, labels, masks, share):
@@ -219,9 +226,9 @@ class MTLDataset(Dataset):
     meantime the files may be replaced by ones of the same preparation, as data_rechunk.py does.
     """
 
-    def __init__(self, type='train', transform=None, root='datasets/data_new', zoom_out=0, remove_pets=0, poor_light=0):
+    def __init__(self, type='train', transform=None, root='datasets/data_new', zoom_out=0, several=0, remove_pets=0, poor_light=0):
         self.folder, self.transform = Path(root) / type, transform
-        self.zoom_out, self.remove_pets, self.poor_light = zoom_out, remove_pets, poor_light
+        self.zoom_out, self.several, self.remove_pets, self.poor_light = zoom_out, several, remove_pets, poor_light
         self.split = read_split(self.folder)
         self.device = torch.device('cpu')
         self._readers, self._pid = {}, None
@@ -242,7 +249,7 @@ class MTLDataset(Dataset):
         boxes, labels = self._relative(boxes, *images.shape[-2:]), torch.from_numpy(self.split.labels[index])
         if self.zoom_out or self.remove_pets or self.poor_light:
             images = v2.functional.to_dtype(images, scale=True)
-            images, boxes, masks = zoom_out(images, boxes, masks, self.zoom_out)
+            images, boxes, labels, masks = zoom_out(images, boxes, labels, masks, self.zoom_out, self.several)
             images, boxes, labels, masks = remove_pets(images, boxes, labels, masks, self.remove_pets)
             images = poor_light(images, self.poor_light)
         return Sample(normalise(images), boxes, labels, masks)

@@ -75,6 +75,7 @@ class Config:
     sizes: tuple = ((0.3, 3 / 8), (0.6, 1 / 2), (0.85, 3 / 4), (1, 1))  # see `training_size`
     crop: tuple = (0.4, 1.0)  # smallest and largest area of a crop, as a share of the image's
     zoom_out: float = 0.25  # share of the images, see `zoom_out`
+    several: float = 0.0  # share of these with several pets
     remove_pets: float = 0.05  # share of the images, see `remove_pets`
     poor_light: float = 0.25  # share of the images, see `poor_light`
     muon: bool = True  # whether Muon trains the convolutions, or AdamW
@@ -198,7 +199,7 @@ def train_one_epoch(run, before_step=lambda: None):
     size = training_size(epoch, config.epochs, train_set.split.image_size, config.sizes)
     train_set.transform = RandomCropFlip(*size, config.crop)
     train_set.device = run.augmentation_device()
-    for name in 'zoom_out', 'remove_pets', 'poor_light':
+    for name in 'zoom_out', 'several', 'remove_pets', 'poor_light':
         setattr(train_set, name, getattr(config, name))
     batches = run.draw(epoch)
     total_samples, done = batches.count(len(batches)), batches.count(run.steps)
