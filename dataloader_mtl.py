@@ -226,7 +226,9 @@ class MTLDataset(Dataset):
     meantime the files may be replaced by ones of the same preparation, as data_rechunk.py does.
     """
 
-    def __init__(self, type='train', transform=None, root='datasets/data_new', zoom_out=0, several=0, remove_pets=0, poor_light=0):
+    def __init__(
+        self, type='train', transform=None, root='datasets/data_new', zoom_out=0, several=0, remove_pets=0, poor_light=0
+    ):
         self.folder, self.transform = Path(root) / type, transform
         self.zoom_out, self.several, self.remove_pets, self.poor_light = zoom_out, several, remove_pets, poor_light
         self.split = read_split(self.folder)

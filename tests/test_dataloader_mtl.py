@@ -233,18 +233,20 @@ def test_a_batch_holds_the_samples_of_its_indices(shared_data):
 
 
 def red_squares():
-    """Four grey images of 64 x 64 with a red pet of 32 x 32 and its box; of the last the mask is unknown."""
+    """Four grey images of 64 x 64 with a red pet of 32 x 32, its box and a label; of the last the mask is unknown."""
     images = torch.linspace(0.2, 0.8, 4)[:, None, None, None].expand(4, 3, 64, 64).clone()
     masks = torch.zeros(4, 1, 64, 64, dtype=torch.uint8)
     images[:, :, 16:48, 8:40], masks[:, :, 16:48, 8:40] = torch.tensor([1.0, 0, 0])[:, None, None], 1
     masks[3] = 255
-    return images, torch.tensor([[8 / 64, 16 / 64, 40 / 64, 48 / 64]]).repeat(4, 1), masks
+    return images, torch.tensor([[8 / 64, 16 / 64, 40 / 64, 48 / 64]]).repeat(4, 1), torch.arange(4), masks
 
 
 def test_zoom_out_moves_a_smaller_pet_with_mask_and_box_to_the_background_of_the_next_image():
-    images, boxes, masks = red_squares()
+    images, boxes, labels, masks = red_squares()
     seed_everything(0)
-    new_images, new_boxes, new_masks = zoom_out(images, boxes, masks, share=1, scale=(0.5, 0.5))
+    found = zoom_out(images, boxes, labels, masks, share=1, scale=(0.5, 0.5))
+    new_images, new_boxes, new_labels, new_masks = found
+    assert torch.equal(new_labels, labels)
     for row in 0, 1:
         y, x = torch.nonzero(new_masks[row, 0]).T
         assert (y.max() - y.min(), x.max() - x.min()) == (15, 15) and (new_masks[row] == 1).sum() == 16 * 16
@@ -255,23 +257,39 @@ def test_zoom_out_moves_a_smaller_pet_with_mask_and_box_to_the_background_of_the
         far = new_images[row].clone()  # the next image's own pet has gone
         far[:, y.min() - 1 : y.max() + 2, x.min() - 1 : x.max() + 2] = images[row + 1, 0, 0, 0]
         torch.testing.assert_close(far, images[row + 1, :, :1, :1].expand(3, 64, 64))
-    for new, old in zip((new_images, new_boxes, new_masks), (images, boxes, masks)):
+    for new, old in zip(found, (images, boxes, labels, masks)):
         assert torch.equal(new[2:], old[2:])  # its next image's mask is unknown, or its own
 
 
+def test_zoom_out_with_several_leaves_the_other_pet_and_neither_box_nor_label():
+    images, boxes, labels, masks = red_squares()
+    images[0, :, 16:48, 8:40] = torch.tensor([0, 1.0, 0])[:, None, None]
+    seed_everything(0)
+    new_images, new_boxes, new_labels, new_masks = zoom_out(
+        images, boxes, labels, masks, share=1, several=1, scale=(0.5, 0.5)
+    )
+    assert new_boxes[:2].isnan().all() and new_labels.tolist() == [-1, -1, 2, 3]
+    red, green = new_images[0, 0] > 0.9, new_images[0, 1] > 0.9
+    assert 14 * 14 <= green.sum() <= 16 * 16 and red.sum() >= 32 * 32 - 18 * 18
+    pets = new_masks[0, 0] == 1
+    assert pets[red | green].all() and pets[masks[1, 0] == 1].all() and pets.sum() <= 32 * 32 + 16 * 16
+
+
 def test_zoom_out_leaves_an_image_without_a_pet_as_it_is():
-    images, boxes, masks = red_squares()
+    images, boxes, labels, masks = red_squares()
     masks[0] = 0
-    changed = zoom_out(images, boxes, masks, share=1)
-    assert all(torch.equal(new[0], old[0]) for new, old in zip(changed, (images, boxes, masks)))
+    changed = zoom_out(images, boxes, labels, masks, share=1)
+    assert all(torch.equal(new[0], old[0]) for new, old in zip(changed, (images, boxes, labels, masks)))
     assert not torch.equal(changed[0][1], images[1])
 
 
 def test_zoom_out_remove_pets_and_poor_light_change_a_share_of_the_images():
-    images, boxes, masks = (each[:1].repeat(200, *(each.ndim - 1) * [1]) for each in red_squares())
+    images, boxes, labels, masks = (each[:1].repeat(200, *(each.ndim - 1) * [1]) for each in red_squares())
     seed_everything(0)
-    smaller = (zoom_out(images, boxes, masks, share=0.25)[2] != masks).flatten(1).any(dim=1)
-    removed = remove_pets(images, boxes, torch.zeros(200, dtype=torch.int64), masks, share=0.25)[2] < 0
+    _, _, new_labels, new_masks = zoom_out(images, boxes, labels, masks, share=0.25, several=0.4)
+    smaller = (new_masks != masks).flatten(1).any(dim=1)
+    assert 10 < (new_labels < 0).sum() < 0.6 * smaller.sum()
+    removed = remove_pets(images, boxes, labels, masks, share=0.25)[2] < 0
     found = poor_light(images, share=0.25)
     dark = (found != images).flatten(1).any(dim=1)
     assert all(30 < changed.sum() < 70 for changed in (smaller, removed, dark))
@@ -280,11 +298,11 @@ def test_zoom_out_remove_pets_and_poor_light_change_a_share_of_the_images():
 
 
 def test_remove_pets_leaves_background_without_labels_and_images_with_a_large_pet_or_an_unknown_pixel():
-    images, boxes, masks = red_squares()
+    images, boxes, labels, masks = red_squares()
     masks[2], masks[3] = 0, masks[0]
     masks[2, :, :40], masks[3, 0, 0, 0] = 1, 255
-    found = remove_pets(images, boxes, torch.arange(4), masks, share=1)
-    for new, old in zip(found, (images, boxes, torch.arange(4), masks)):
+    found = remove_pets(images, boxes, labels, masks, share=1)
+    for new, old in zip(found, (images, boxes, labels, masks)):
         assert torch.equal(new[2:], old[2:])
     new_images, new_boxes, new_labels, new_masks = found
     torch.testing.assert_close(new_images[:2], images[:2, :, :1, :1].expand(2, 3, 64, 64))
