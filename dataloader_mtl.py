@@ -215,6 +215,7 @@ class MTLDataset(Dataset):
         root: the folder with train/, val/ and test/.
         zoom_out, remove_pets, poor_light: shares of the images that the functions of these names change after the
             transform, in this order, 0 to 1.
+        several: of `zoom_out`.
 
     Attributes:
         device: where images and masks are augmented and returned: the CPU, or a GPU in a process that may use it.

@@ -75,7 +75,7 @@ class Config:
     sizes: tuple = ((0.3, 3 / 8), (0.6, 1 / 2), (0.85, 3 / 4), (1, 1))  # see `training_size`
     crop: tuple = (0.4, 1.0)  # smallest and largest area of a crop, as a share of the image's
     zoom_out: float = 0.25  # share of the images, see `zoom_out`
-    several: float = 0.0  # share of these with several pets
+    several: float = 0.0  # share of these in which the other pet stays
     remove_pets: float = 0.05  # share of the images, see `remove_pets`
     poor_light: float = 0.25  # share of the images, see `poor_light`
     muon: bool = True  # whether Muon trains the convolutions, or AdamW

@@ -57,7 +57,7 @@ def predict(model, images, flip=False, batch_size=4, device=None, zoom=True):
             (H, W, 3) RGB or (H, W) grey, or a uint8 tensor (3, H, W), of any size. Or a list or tuple of images, or
             an iterator of them.
         flip: average over the image and its mirror image, which takes twice the time. Head boxes and breeds get better
-            (IoU by 0.005 and accuracy by 0.008 with the shipped `mtl_model.pt`), masks hardly.
+            (IoU and accuracy by 0.003 with the shipped `mtl_model.pt`), masks hardly.
         batch_size: images that go through the network together; more than 4 are faster only on a GPU.
         device: move the model there first, such as to 'cuda'; None leaves it where it is.
         zoom: look again at a small pet, one whose mask reaches over less than three quarters of both sides, in the part

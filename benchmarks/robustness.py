@@ -1,4 +1,4 @@
-"""How good is a model where pets are small, several, or in poor light? Four changed copies of a split.
+"""How good is a model where pets are small, several, or in poor light? Changed copies of a split.
 
     python benchmarks/robustness.py --data datasets/data_512 --model mtl_model.pt
 
