@@ -142,7 +142,7 @@ def test_shipped_model_is_exported_from_any_folder(tmp_path, full_networks, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(export_onnx, 'export', lambda *_: 0.0)
     export_onnx.main([])
-    assert '\nmtl_model.onnx: images (N, 256, 256, 3) uint8 -> breed_probabilities, ' in capsys.readouterr().out
+    assert '\nmtl_model.onnx: images (N, 288, 288, 3) uint8 -> breed_probabilities, ' in capsys.readouterr().out
 
 
 # ---- the page
