@@ -76,7 +76,9 @@ def test_best_epoch_is_tested_once(shared_data, tmp_path, monkeypatch):
         values, losses = original(model, part, *args, **kw)
         if kind == 'MTLNet':
             weights.append(next(model.parameters()).detach().half())
-        return values | ({'dice': np.array([next(scores)])} if split == 'val' else {}), losses
+        if split == 'val':  # the others equal, whatever the machine rounds
+            values |= {'dice': np.array([next(scores)]), 'accuracy': np.zeros(1), 'box_iou': np.zeros(1)}
+        return values, losses
 
     monkeypatch.setattr(evaluation, 'score', score)
     metrics = train(shared_data, tmp_path, '--epochs', 3, '--limit-batches', 1)
